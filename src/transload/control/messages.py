@@ -1,0 +1,615 @@
+"""The vocabulary of the whole system: ids, events and commands.
+
+Two machines speak it. `Controller` (one per cluster) decides per request; `Engine` (one per worker) decides per
+step. Both are `handle(event, now) -> list[Command]`. Events are facts, commands are wishes. Messages are frozen and
+travel unchanged over a socket (msgpack) or a virtual link, so nothing in here may depend on how they got there.
+
+Times are seconds on the clock of whoever reads them; a duration that crosses between workers is always *remaining*
+milliseconds (`lease_ms`), never a time of day.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NewType
+
+import msgspec
+
+RequestId = NewType("RequestId", int)
+"""One choice of one API call. Unique for the life of a controller."""
+WorkerId = NewType("WorkerId", str)
+"""Name of a worker: `<pool>-<index>`. A restarted worker keeps its name and gets a higher incarnation."""
+BlockId = NewType("BlockId", int)
+"""Index of a KV block in one worker's pool."""
+BlockKey = NewType("BlockKey", bytes)
+"""Chained hash of a full block's tokens and all before it, in the namespace of a model, dtype and layout."""
+TransferId = NewType("TransferId", int)
+"""Random 64-bit name of one KV transfer. Never the API's request id."""
+
+Role = Literal["aggregated", "prefill", "decode"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
+    """Base of everything the machines exchange."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a request is
+
+
+class Sampling(Message, frozen=True):
+    """How tokens are drawn. The n-th output token of a request depends on these fields, the tokens before it and
+    (seed, n) alone: not on the batch, the worker or the split."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    seed: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None  # None: none wanted; k >= 0: the drawn token's and the k best
+    min_tokens: int = 0
+    stop_ids: tuple[int, ...] = ()  # end the text when drawn (end-of-sequence ids included)
+    ignore_eos: bool = False  # then stop_ids holds only what the caller asked for
+
+
+class Request(Message, frozen=True):
+    """An admitted request. `prompt` is empty in virtual runs that only count tokens."""
+
+    id: RequestId
+    num_prompt_tokens: int
+    max_tokens: int
+    sampling: Sampling = Sampling()
+    prompt: tuple[int, ...] = ()
+    block_keys: tuple[bytes, ...] = ()  # one per full block of the prompt; empty: no prefix cache
+    deadline_seconds: float = 600.0  # from arrival; every request ends by then
+
+
+class TokenLogprobs(Message, frozen=True):
+    """Natural log-probability of a drawn token and of the best `top` tokens at its place (before temperature)."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Token(Message, frozen=True):
+    """The `index`-th output token of a request. `finish` is set on the last one."""
+
+    request: RequestId
+    epoch: int
+    index: int
+    token: int
+    finish: Literal["stop", "length"] | None = None
+    logprobs: TokenLogprobs | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frames between two workers: the handoff protocol. `block_lo/hi` count blocks of the request, not pool ids.
+
+
+class KvData(Message, frozen=True):
+    """Layers [layer_lo, layer_hi) of the request's blocks [block_lo, block_hi). The bytes travel beside it."""
+
+    transfer: TransferId
+    epoch: int
+    sequence: int
+    layer_lo: int
+    layer_hi: int
+    block_lo: int
+    block_hi: int
+    num_bytes: int
+    checksum: int = 0  # xxh3-64 over the cells, layer by layer, block by block; filled in by the transport
+
+
+class KvDone(Message, frozen=True):
+    """Everything was sent. Carries the sampler's state, which is the output tokens so far: see `Sampling`."""
+
+    transfer: TransferId
+    epoch: int
+    num_frames: int
+    outputs: tuple[int, ...]
+
+
+class KvReady(Message, frozen=True):
+    """The receiver has verified the transfer; the sender may release its blocks."""
+
+    transfer: TransferId
+    epoch: int
+
+
+class KvRenew(Message, frozen=True):
+    """The receiver still wants the transfer: hold the blocks `lease_ms` longer."""
+
+    transfer: TransferId
+    epoch: int
+    lease_ms: int
+
+
+class KvCredit(Message, frozen=True):
+    """The receiver has taken in `sequence` frames of a transfer in all, so the sender's window moves on."""
+
+    transfer: TransferId
+    epoch: int
+    num_frames: int
+
+
+class KvAbort(Message, frozen=True):
+    """Either side gives up. A sender answers a receiver's abort with `KvAbortAck` once its writes have drained."""
+
+    transfer: TransferId
+    epoch: int
+    reason: str
+
+
+class KvAbortAck(Message, frozen=True):
+    """No write of this transfer is under way or will start: the receiver's blocks may leave quarantine."""
+
+    transfer: TransferId
+    epoch: int
+
+
+Frame = KvData | KvDone | KvReady | KvRenew | KvCredit | KvAbort | KvAbortAck
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Controller -> engine
+
+
+class Grant(Message, frozen=True):
+    """Room that a decode worker has reserved, and the name of the transfer that may fill it."""
+
+    transfer: TransferId
+    blocks: tuple[int, ...]  # pool ids at the receiver, for the request's blocks from first_block on
+    first_block: int  # earlier blocks are in the receiver's prefix cache already
+    lease_ms: int
+
+
+class Run(Message, frozen=True):
+    """Prefill and decode this request here. `outputs` are tokens it has made already (after a recovery)."""
+
+    request: Request
+    epoch: int
+    outputs: tuple[int, ...] = ()
+
+
+class Reserve(Message, frozen=True):
+    """Make room for this request's KV cache; it will come from elsewhere. Answered by `Reserved`."""
+
+    request: Request
+    epoch: int
+    outputs: tuple[int, ...] = ()
+
+
+class ExpectFrom(Message, frozen=True):
+    """The controller has chosen who fills a reservation."""
+
+    request: RequestId
+    epoch: int
+    source: WorkerId
+
+
+class Prefill(Message, frozen=True):
+    """Prefill this request and stream its KV cache into `target`'s reserved blocks."""
+
+    request: Request
+    epoch: int
+    target: WorkerId
+    grant: Grant
+    outputs: tuple[int, ...] = ()
+
+
+class Cancel(Message, frozen=True):
+    """Free everything of this request up to and including `epoch`. Never fails, may come twice."""
+
+    request: RequestId
+    epoch: int
+
+
+class Drain(Message, frozen=True):
+    """Report `Drained` once nothing is held any more; new work is no longer sent."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Driver -> engine
+
+
+class Sampled(Message, frozen=True):
+    """A token the executor drew at the end of a chunk."""
+
+    request: RequestId
+    token: int
+    logprobs: TokenLogprobs | None = None
+
+
+class StepDone(Message, frozen=True):
+    """The step is computed; `seconds` is how long the chip worked on it."""
+
+    step: int
+    sampled: tuple[Sampled, ...]
+    seconds: float
+
+
+class StepFailed(Message, frozen=True):
+    """The executor could not compute the step (out of memory, a bug). Its requests are failed by name."""
+
+    step: int
+    reason: str
+
+
+class LayersReady(Message, frozen=True):
+    """Layers [layer_lo, layer_hi) of the running step have been written to the KV cache."""
+
+    step: int
+    layer_lo: int
+    layer_hi: int
+
+
+class PeerUp(Message, frozen=True):
+    """A link to a peer is open. `one_sided`: the peer writes straight into our memory (and we into its)."""
+
+    peer: WorkerId
+    one_sided: bool
+
+
+class PeerLost(Message, frozen=True):
+    """The link is gone and no write of the peer can be under way any more."""
+
+    peer: WorkerId
+
+
+class PeerFrame(Message, frozen=True):
+    """A frame came in. For `KvData`, `arrived_checksum` is computed over the bytes as they lie here."""
+
+    peer: WorkerId
+    frame: Frame
+    arrived_checksum: int = 0
+
+
+class SendsDrained(Message, frozen=True):
+    """After `CancelSends`: no send of this transfer reads or writes memory any more."""
+
+    transfer: TransferId
+    epoch: int
+
+
+class TimerFired(Message, frozen=True):
+    """A timer asked for with `SetTimer` is due."""
+
+    key: str
+
+
+EngineEvent = (
+    Run
+    | Reserve
+    | ExpectFrom
+    | Prefill
+    | Cancel
+    | Drain
+    | StepDone
+    | StepFailed
+    | LayersReady
+    | PeerUp
+    | PeerLost
+    | PeerFrame
+    | SendsDrained
+    | TimerFired
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Engine -> its driver
+
+
+class Chunk(msgspec.Struct, frozen=True, gc=False):
+    """A run of one request's tokens in a step: positions [start, start + num_tokens).
+
+    `tokens` is the engine's own list of the request's known tokens (prompt, then outputs), shared to save a copy and
+    read-only for the executor; it only grows between steps. Empty in virtual runs. `blocks` likewise holds the pool
+    ids of the request's KV blocks, in order. A token is drawn after the last position if `samples`; it becomes output
+    token number `num_outputs`.
+    """
+
+    request: Request
+    start: int
+    num_tokens: int
+    tokens: Sequence[int]
+    blocks: Sequence[int]
+    samples: bool
+    num_outputs: int
+    streams: bool = False  # its KV leaves for another worker: report LayersReady
+
+
+class RunStep(msgspec.Struct, frozen=True, gc=False):
+    """Compute these chunks in one forward pass. One step at a time; answered by `StepDone` or `StepFailed`."""
+
+    step: int
+    chunks: tuple[Chunk, ...]
+
+
+class SendFrame(Message, frozen=True):
+    """Send a frame to a peer, in order. For `KvData`: copy `source_blocks` (pool ids here) to `target_blocks`."""
+
+    peer: WorkerId
+    frame: Frame
+    source_blocks: tuple[int, ...] = ()
+    target_blocks: tuple[int, ...] = ()
+
+
+class CancelSends(Message, frozen=True):
+    """Drop what is queued of this transfer; answer `SendsDrained` when nothing of it is under way."""
+
+    peer: WorkerId
+    transfer: TransferId
+    epoch: int
+
+
+class ExpectKv(Message, frozen=True):
+    """Let the transport write this transfer's cells into these blocks (pool ids here, from `first_block` on)."""
+
+    transfer: TransferId
+    epoch: int
+    source: WorkerId
+    first_block: int
+    blocks: tuple[int, ...]
+
+
+class ForgetKv(Message, frozen=True):
+    """Take the permission of `ExpectKv` back: later bytes of this transfer are read and dropped."""
+
+    transfer: TransferId
+    epoch: int
+
+
+class ToController(Message, frozen=True):
+    """Tell the controller."""
+
+    event: ControllerEvent
+
+
+class SetTimer(Message, frozen=True):
+    """Deliver `TimerFired(key)` after so many seconds. A later one with the same key replaces it."""
+
+    key: str
+    after_seconds: float
+
+
+class CancelTimer(Message, frozen=True):
+    """Forget the timer, if it is set."""
+
+    key: str
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Engine -> controller
+
+
+class Reserved(Message, frozen=True):
+    """Room is made. `num_cached_tokens` of the prompt are in this worker's cache already."""
+
+    worker: WorkerId
+    request: RequestId
+    epoch: int
+    grant: Grant
+    num_cached_tokens: int
+
+
+class Started(Message, frozen=True):
+    """The first chunk of this request entered a step here."""
+
+    worker: WorkerId
+    request: RequestId
+    epoch: int
+    num_cached_tokens: int
+
+
+class Emitted(Message, frozen=True):
+    """All tokens that one step of a worker made: one message a step."""
+
+    worker: WorkerId
+    tokens: tuple[Token, ...]
+
+
+class PrefillSent(Message, frozen=True):
+    """The prefill worker has released the request: its KV cache is the decode worker's now."""
+
+    worker: WorkerId
+    request: RequestId
+    epoch: int
+
+
+class KvVerified(Message, frozen=True):
+    """Every cell has arrived once and every checksum matches: the request may run."""
+
+    worker: WorkerId
+    request: RequestId
+    epoch: int
+    num_bytes: int
+    wire_seconds: float  # from the first frame in to the last
+    num_frames: int
+
+
+class HandoffFailed(Message, frozen=True):
+    """This attempt cannot be completed here; nothing of it runs. `worker` has freed (or quarantined) its side."""
+
+    worker: WorkerId
+    request: RequestId
+    epoch: int
+    reason: str
+
+
+class RequestFailed(Message, frozen=True):
+    """The worker cannot run this request (a step failed, it can never fit)."""
+
+    worker: WorkerId
+    request: RequestId
+    epoch: int
+    reason: str
+
+
+class Preempted(Message, frozen=True):
+    """Its blocks were taken for an older request; it waits here to be recomputed and loses nothing."""
+
+    worker: WorkerId
+    request: RequestId
+    epoch: int
+
+
+class CacheChanged(Message, frozen=True):
+    """Which prefix blocks this worker holds, as numbered differences. A gap in `sequence` means: ask anew."""
+
+    worker: WorkerId
+    sequence: int
+    stored: tuple[bytes, ...]
+    evicted: tuple[bytes, ...]
+
+
+class Load(Message, frozen=True):
+    """A worker's state after a step, for routing and metrics."""
+
+    worker: WorkerId
+    num_running: int
+    num_waiting: int
+    waiting_prefill_tokens: int
+    blocks_free: int
+    blocks_referenced: int
+    blocks_cached: int
+    blocks_quarantined: int
+    blocks_total: int
+    step_seconds: float  # of the last step
+    step_prefill_tokens: int
+    step_decode_tokens: int
+
+
+class Drained(Message, frozen=True):
+    """Nothing is held on this worker any more."""
+
+    worker: WorkerId
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Driver -> controller
+
+
+class Arrived(Message, frozen=True):
+    """A validated request came in."""
+
+    request: Request
+
+
+class Cancelled(Message, frozen=True):
+    """The caller wants no more of it. `reason` is "stop" when a stop string was found in the text."""
+
+    request: RequestId
+    reason: Literal["stop", "cancelled"]
+
+
+class WorkerJoined(Message, frozen=True):
+    """A worker process is connected and its model is loaded."""
+
+    worker: WorkerId
+    incarnation: int
+    pool: str
+    role: Role
+    num_blocks: int
+    block_size: int
+    kv_bytes_per_token: int
+
+
+class WorkerGone(Message, frozen=True):
+    """A worker's connection closed: it is dead, and this incarnation will never speak again."""
+
+    worker: WorkerId
+    incarnation: int
+    reason: str
+
+
+class LinkMeasured(Message, frozen=True):
+    """What a KV link between two workers gives."""
+
+    source: WorkerId
+    target: WorkerId
+    transport: str
+    bytes_per_second: float
+    latency_seconds: float
+
+
+EngineReport = (
+    Reserved
+    | Started
+    | Emitted
+    | PrefillSent
+    | KvVerified
+    | HandoffFailed
+    | RequestFailed
+    | Preempted
+    | CacheChanged
+    | Load
+    | Drained
+)
+ControllerEvent = EngineReport | Arrived | Cancelled | WorkerJoined | WorkerGone | LinkMeasured | TimerFired
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Controller -> its driver
+
+Assignment = Run | Reserve | ExpectFrom | Prefill | Cancel | Drain
+
+
+class ToWorker(Message, frozen=True):
+    """Send an assignment to a worker."""
+
+    worker: WorkerId
+    event: Assignment
+
+
+class Stream(Message, frozen=True):
+    """A token for the caller, in order and once."""
+
+    token: Token
+
+
+class Finish(Message, frozen=True):
+    """The one end of an admitted request."""
+
+    request: RequestId
+    reason: FinishReason
+    num_prompt_tokens: int
+    num_outputs: int
+    num_cached_tokens: int
+    error: str | None = None  # set if reason is "error": what happened, for the caller
+    error_code: str | None = None
+
+
+class Reject(Message, frozen=True):
+    """Not admitted: the queue is full (then `retry_after_seconds` is set) or it can never fit."""
+
+    request: RequestId
+    message: str
+    retry_after_seconds: float | None = None
+
+
+class RestartWorker(Message, frozen=True):
+    """Start this worker again after a pause."""
+
+    worker: WorkerId
+    after_seconds: float
+
+
+class StopWorker(Message, frozen=True):
+    """Kill this incarnation now: it no longer answers."""
+
+    worker: WorkerId
+    incarnation: int
+    reason: str
+
+
+EngineCommand = (
+    RunStep | SendFrame | CancelSends | ExpectKv | ForgetKv | ToController | SetTimer | CancelTimer
+)
+ControllerCommand = (
+    ToWorker | Stream | Finish | Reject | RestartWorker | StopWorker | SetTimer | CancelTimer
+)

@@ -1,0 +1,1 @@
+"""Deployment file -> pools -> placement."""

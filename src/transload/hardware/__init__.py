@@ -1,0 +1,1 @@
+"""Chips, links and models as data; operations; what they cost."""

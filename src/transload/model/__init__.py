@@ -1,0 +1,1 @@
+"""The model itself. torch is imported by worker processes only."""

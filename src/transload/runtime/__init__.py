@@ -1,0 +1,1 @@
+"""Where time passes: the real driver (processes, asyncio) and the virtual one (an event heap)."""

@@ -1,0 +1,115 @@
+"""The seams between the machines, the real parts and the virtual ones."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Protocol
+
+import msgspec
+
+from transload.arch import ModelArch
+from transload.control.messages import FinishReason, Request, RequestId, RunStep, StepDone, Token
+from transload.transfer.layout import KvLayout
+
+
+class Executor(Protocol):
+    """Does what a `RunStep` says. Lives on one thread of a worker process; one step at a time."""
+
+    @property
+    def layout(self) -> KvLayout: ...
+    @property
+    def num_blocks(self) -> int: ...
+
+    def run_step(self, step: RunStep, layers_ready: Callable[[int, int], None]) -> StepDone:
+        """Compute the step. If a chunk streams, call `layers_ready(layer_lo, layer_hi)` as layers are written."""
+        ...
+
+
+class Finished(msgspec.Struct, frozen=True, kw_only=True):
+    """How a request ended, and what it used."""
+
+    reason: FinishReason
+    num_prompt_tokens: int
+    num_outputs: int
+    num_cached_tokens: int
+    error: str | None = None
+    error_code: str | None = None
+
+
+class RequestStream(Protocol):
+    """One admitted request, seen by its caller. Iterate: lists of tokens as they come, then one `Finished`."""
+
+    request_id: RequestId
+
+    def __aiter__(self) -> AsyncIterator[list[Token] | Finished]: ...
+
+    def stop(self) -> None:
+        """The text is complete (a stop string was found): end with reason "stop"."""
+        ...
+
+    def cancel(self) -> None:
+        """The caller has gone: free everything, end with reason "cancelled"."""
+        ...
+
+
+class Stage(msgspec.Struct, frozen=True, kw_only=True):
+    """One bar of a request's waterfall."""
+
+    name: str
+    worker: str | None
+    start_seconds: float
+    """Since the request arrived."""
+    seconds: float
+    detail: dict[str, float | int | str] = {}
+
+
+class Waterfall(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a request's time went. The stages follow each other without gap: their seconds sum to the total."""
+
+    request: RequestId
+    state: str
+    decision: str
+    """Where the router sent it, and why."""
+    epoch: int
+    """How often it was started anew."""
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_outputs: int
+    total_seconds: float
+    stages: tuple[Stage, ...]
+
+
+class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """What the front end must know about the model."""
+
+    name: str
+    arch: ModelArch
+    dtype: str
+    max_context: int
+    layout_digest: bytes
+    """Namespace of prefix keys."""
+    block_size: int
+
+
+class Backend(Protocol):
+    """What the HTTP front end talks to: the real runtime, or a fake one in tests and benchmarks."""
+
+    model: ServedModel
+
+    def next_request_id(self) -> RequestId: ...
+
+    async def submit(self, request: Request) -> RequestStream:
+        """Admit a request. Raises `OverCapacity` or `RequestError` if it is refused."""
+        ...
+
+    def is_ready(self) -> bool:
+        """Whether a token can be made now."""
+        ...
+
+    def waterfall(self, request: RequestId) -> Waterfall | None:
+        """Of a live or recently ended request; None if unknown."""
+        ...
+
+    def status(self) -> dict[str, object]:
+        """Workers, pools and links in words, for /health."""
+        ...

@@ -1,0 +1,1 @@
+"""Workloads, load generation and metrics: one code for live and simulated runs."""
