@@ -138,7 +138,7 @@ class KvCredit(Message, frozen=True):
 
 
 class KvAbort(Message, frozen=True):
-    """Either side gives up. A sender answers a receiver's abort with `KvAbortAck` once its writes have drained."""
+    """The receiver gives up; the sender answers with `KvAbortAck` once its writes have drained."""
 
     transfer: TransferId
     epoch: int
@@ -177,19 +177,12 @@ class Run(Message, frozen=True):
 
 
 class Reserve(Message, frozen=True):
-    """Make room for this request's KV cache; it will come from elsewhere. Answered by `Reserved`."""
+    """Make room for this request's KV cache, which `source` will fill. Answered by `Reserved`."""
 
     request: Request
     epoch: int
-    outputs: tuple[int, ...] = ()
-
-
-class ExpectFrom(Message, frozen=True):
-    """The controller has chosen who fills a reservation."""
-
-    request: RequestId
-    epoch: int
     source: WorkerId
+    outputs: tuple[int, ...] = ()
 
 
 class Prefill(Message, frozen=True):
@@ -207,10 +200,6 @@ class Cancel(Message, frozen=True):
 
     request: RequestId
     epoch: int
-
-
-class Drain(Message, frozen=True):
-    """Report `Drained` once nothing is held any more; new work is no longer sent."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -285,10 +274,8 @@ class TimerFired(Message, frozen=True):
 EngineEvent = (
     Run
     | Reserve
-    | ExpectFrom
     | Prefill
     | Cancel
-    | Drain
     | StepDone
     | StepFailed
     | LayersReady
@@ -484,12 +471,6 @@ class Load(Message, frozen=True):
     step_decode_tokens: int
 
 
-class Drained(Message, frozen=True):
-    """Nothing is held on this worker any more."""
-
-    worker: WorkerId
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Driver -> controller
 
@@ -548,7 +529,6 @@ EngineReport = (
     | Preempted
     | CacheChanged
     | Load
-    | Drained
 )
 ControllerEvent = EngineReport | Arrived | Cancelled | WorkerJoined | WorkerGone | LinkMeasured | TimerFired
 
@@ -556,7 +536,7 @@ ControllerEvent = EngineReport | Arrived | Cancelled | WorkerJoined | WorkerGone
 # ---------------------------------------------------------------------------------------------------------------------
 # Controller -> its driver
 
-Assignment = Run | Reserve | ExpectFrom | Prefill | Cancel | Drain
+Assignment = Run | Reserve | Prefill | Cancel
 
 
 class ToWorker(Message, frozen=True):
@@ -599,17 +579,5 @@ class RestartWorker(Message, frozen=True):
     after_seconds: float
 
 
-class StopWorker(Message, frozen=True):
-    """Kill this incarnation now: it no longer answers."""
-
-    worker: WorkerId
-    incarnation: int
-    reason: str
-
-
-EngineCommand = (
-    RunStep | SendFrame | CancelSends | ExpectKv | ForgetKv | ToController | SetTimer | CancelTimer
-)
-ControllerCommand = (
-    ToWorker | Stream | Finish | Reject | RestartWorker | StopWorker | SetTimer | CancelTimer
-)
+EngineCommand = RunStep | SendFrame | CancelSends | ExpectKv | ForgetKv | ToController | SetTimer | CancelTimer
+ControllerCommand = ToWorker | Stream | Finish | Reject | RestartWorker | SetTimer | CancelTimer

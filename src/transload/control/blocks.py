@@ -1,0 +1,161 @@
+"""The KV blocks of one worker: who holds them, what they contain, which may be given away.
+
+Each block is in exactly one state, and the four counts always sum to the total:
+
+    free          holds nothing
+    referenced    held by one or more requests
+    cached        held by nobody, but its contents have a key and may be found again; evicted oldest first
+    quarantined   given up while another worker may still be writing into it; nobody's until that is ruled out
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+
+class BlockPool:
+    """Reference-counted blocks with a prefix cache. Block ids are 0 .. num_blocks - 1."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._references = [0] * num_blocks
+        self._keys: list[bytes | None] = [None] * num_blocks
+        self._by_key: dict[bytes, int] = {}
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._quarantined: dict[object, list[int]] = {}
+        self._num_quarantined = 0
+        self._stored: dict[bytes, None] = {}
+        self._evicted: dict[bytes, None] = {}
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        return len(self._cached)
+
+    @property
+    def num_quarantined(self) -> int:
+        return self._num_quarantined
+
+    @property
+    def num_referenced(self) -> int:
+        return self.num_blocks - len(self._free) - len(self._cached) - self._num_quarantined
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that can be handed out now."""
+        return len(self._free) + len(self._cached)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """How many blocks hold so many tokens."""
+        return -(-num_tokens // self.block_size)
+
+    def match(self, keys: Iterable[bytes]) -> list[int]:
+        """The blocks that hold the longest known prefix of `keys`. Does not modify the pool."""
+        found: list[int] = []
+        for key in keys:
+            block = self._by_key.get(key)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def acquire(self, prefix: Sequence[int], num_new: int) -> list[int] | None:
+        """Reference the blocks of a matched prefix and allocate `num_new` more. None: no room, nothing changed."""
+        revived = sum(1 for block in prefix if not self._references[block])
+        if num_new > self.num_available - revived:
+            return None
+        for block in prefix:
+            if not self._references[block]:
+                del self._cached[block]
+            self._references[block] += 1
+        return [*prefix, *(self._take() for _ in range(num_new))]
+
+    def _take(self) -> int:
+        if self._free:
+            block = self._free.pop()
+        else:
+            block, _ = self._cached.popitem(last=False)
+            self._forget_key(block)
+        self._references[block] = 1
+        return block
+
+    def _forget_key(self, block: int) -> None:
+        key = self._keys[block]
+        assert key is not None
+        self._keys[block] = None
+        del self._by_key[key]
+        if key in self._stored:
+            del self._stored[key]
+        else:
+            self._evicted[key] = None
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Give back one reference to each block. Later blocks of a request become evictable before earlier ones:
+        a block is useless without those before it."""
+        for block in reversed(blocks):
+            assert self._references[block] > 0, f"block {block} is released but nobody holds it"
+            self._references[block] -= 1
+            if self._references[block]:
+                continue
+            if self._keys[block] is None:
+                self._free.append(block)
+            else:
+                self._cached[block] = None
+
+    def register(self, block: int, key: bytes) -> None:
+        """Say that a referenced block now holds what `key` names, for others to find."""
+        assert self._references[block] > 0, f"block {block} gets a key but nobody holds it"
+        if key in self._by_key or self._keys[block] is not None:
+            return
+        self._keys[block] = key
+        self._by_key[key] = block
+        if key in self._evicted:
+            del self._evicted[key]
+        else:
+            self._stored[key] = None
+
+    def quarantine(self, blocks: Sequence[int], owner: object) -> None:
+        """Take singly referenced, keyless blocks out of use until `end_quarantine(owner)`."""
+        for block in blocks:
+            assert self._references[block] == 1, f"block {block} is shared"
+            assert self._keys[block] is None, f"block {block} can be found by others"
+            self._references[block] = 0
+        self._quarantined.setdefault(owner, []).extend(blocks)
+        self._num_quarantined += len(blocks)
+
+    def end_quarantine(self, owner: object) -> int:
+        """No write into these blocks can come any more: they are free. Returns how many."""
+        blocks = self._quarantined.pop(owner, [])
+        self._num_quarantined -= len(blocks)
+        self._free.extend(blocks)
+        return len(blocks)
+
+    def take_changes(self) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
+        """Keys stored and evicted since the last call."""
+        if not self._stored and not self._evicted:
+            return (), ()
+        changes = tuple(self._stored), tuple(self._evicted)
+        self._stored.clear()
+        self._evicted.clear()
+        return changes
+
+    def check(self, tables: Iterable[Sequence[int]]) -> None:
+        """Assert every invariant, given the block tables of all requests that hold blocks. For tests."""
+        held = [0] * self.num_blocks
+        for table in tables:
+            for block in table:
+                held[block] += 1
+        assert held == self._references, "a reference without a holder, or a holder without a reference"
+        quarantined = [block for blocks in self._quarantined.values() for block in blocks]
+        referenced = [block for block, count in enumerate(held) if count]
+        everything = sorted([*self._free, *self._cached, *quarantined, *referenced])
+        assert everything == list(range(self.num_blocks)), "a block is in two states, or in none"
+        assert self._num_quarantined == len(quarantined)
+        assert all(self._keys[block] is None for block in (*self._free, *quarantined))
+        assert {key: block for block, key in enumerate(self._keys) if key is not None} == self._by_key

@@ -1,0 +1,474 @@
+"""The worker's machine: decides, per step, which tokens are computed and which blocks hold them.
+
+    handle(event, now) -> commands
+
+It runs one step at a time. Whatever happens while a step is under way is noted and takes effect when the step returns:
+blocks are never freed while the executor may touch them. Its half of every handoff is in `exchange.py`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from random import Random
+
+import msgspec
+
+from transload.control.batcher import plan_chunks
+from transload.control.blocks import BlockPool
+from transload.control.exchange import Exchange, Failed, Outcome, Released, Verified
+from transload.control.messages import (
+    CacheChanged,
+    Cancel,
+    Chunk,
+    Emitted,
+    EngineCommand,
+    EngineEvent,
+    EngineReport,
+    HandoffFailed,
+    KvVerified,
+    LayersReady,
+    Load,
+    PeerFrame,
+    PeerLost,
+    PeerUp,
+    Preempted,
+    Prefill,
+    PrefillSent,
+    RequestFailed,
+    RequestId,
+    Reserve,
+    Reserved,
+    Run,
+    RunStep,
+    SendsDrained,
+    Started,
+    StepDone,
+    StepFailed,
+    TimerFired,
+    ToController,
+    Token,
+    TokenLogprobs,
+    WorkerId,
+)
+from transload.control.prefix import root_key
+from transload.control.work import Work
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What an Engine must know about its worker."""
+
+    worker: WorkerId
+    num_blocks: int
+    block_size: int
+    num_layers: int
+    cell_bytes: int
+    namespace: bytes
+    """Layout digest: the root of all prefix keys."""
+    max_batch: int = 64
+    step_tokens: int = 512
+    lease_seconds: float = 10.0
+    seed: int = 0
+
+
+class Engine:
+    """The machine of one worker. Not thread-safe: one driver calls `handle` with one event after another."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.pool = BlockPool(config.num_blocks, config.block_size)
+        self._root = root_key(config.namespace)
+        self._out: list[EngineCommand] = []
+        self.exchange = Exchange(
+            pool=self.pool,
+            num_layers=config.num_layers,
+            cell_bytes=config.cell_bytes,
+            lease_seconds=config.lease_seconds,
+            random=Random(f"{config.seed}/{config.worker}"),
+            out=self._out,
+        )
+        self._works: dict[RequestId, Work] = {}  # everything that has not ended, by request
+        self._waiting: deque[Work] = deque()
+        self._running: dict[RequestId, Work] = {}
+        self._num_arrivals = 0
+        self._step = 0
+        self._chunks: tuple[tuple[Work, Chunk], ...] = ()  # of the step under way
+        self._sources: dict[RequestId, WorkerId] = {}  # of waiting reservations
+        self._prefills: dict[RequestId, Prefill] = {}  # of waiting prefills
+        self._cache_sequence = 0
+        self._last_load: Load | None = None
+
+    def handle(self, event: EngineEvent, now: float) -> list[EngineCommand]:
+        """Take in one fact; return what is to be done about it, in order."""
+        match event:
+            case StepDone():
+                self._step_done(event)
+            case LayersReady(step, layer_lo, layer_hi):
+                self._layers_ready(step, layer_lo, layer_hi)
+            case PeerFrame(peer, frame, arrived_checksum):
+                self._settle(self.exchange.take_frame(peer, frame, arrived_checksum, now))
+            case Run(request, epoch, outputs):
+                self._enqueue(Work(request, epoch, outputs, "run", self._next_arrival()))
+            case Reserve(request, epoch, source, outputs):
+                self._sources[request.id] = source
+                self._enqueue(Work(request, epoch, outputs, "receive", self._next_arrival()))
+            case Prefill(request, epoch, _, _, outputs):
+                self._prefills[request.id] = event
+                self._enqueue(Work(request, epoch, outputs, "send", self._next_arrival()))
+            case Cancel(request_id, epoch):
+                self._cancel(request_id, epoch)
+            case SendsDrained(transfer):
+                self.exchange.sends_drained(transfer)
+            case PeerUp(peer, one_sided):
+                self.exchange.peer_up(peer, one_sided)
+            case PeerLost(peer):
+                self._settle(self.exchange.peer_lost(peer))
+            case TimerFired():
+                self._settle(self.exchange.tick(now))
+            case StepFailed(_, reason):
+                self._step_failed(reason)
+        self._admit(now)
+        self._start_step()
+        self._report_changes()
+        commands = self._out.copy()
+        self._out.clear()
+        return commands
+
+    # -- assignments --------------------------------------------------------------------------------------------------
+
+    def _next_arrival(self) -> int:
+        self._num_arrivals += 1
+        return self._num_arrivals
+
+    def _enqueue(self, work: Work) -> None:
+        stale = self._works.get(work.request.id)
+        if stale is not None:
+            self._drop(stale, "replaced by a newer attempt")
+        self._works[work.request.id] = work
+        most_tokens = work.num_known + (0 if work.kind == "send" else work.request.max_tokens - work.num_outputs - 1)
+        if self.pool.blocks_for(most_tokens) > self.pool.num_blocks:
+            reason = f"needs {most_tokens} tokens of KV cache, {self.config.worker} holds {self._capacity_tokens}"
+            self._fail(work, reason)
+        else:
+            self._waiting.append(work)
+
+    @property
+    def _capacity_tokens(self) -> int:
+        return self.pool.num_blocks * self.pool.block_size
+
+    def _cancel(self, request_id: RequestId, epoch: int) -> None:
+        work = self._works.get(request_id)
+        if work is not None and work.epoch <= epoch:
+            self._drop(work, "cancelled")
+
+    # -- admission: blocks for those who wait -------------------------------------------------------------------------
+
+    def _admit(self, now: float) -> None:
+        """First come, first served: the head of the queue waits for room, and nobody overtakes it."""
+        while self._waiting:
+            work = self._waiting[0]
+            if work.kind != "send" and self._num_resident >= self.config.max_batch:
+                return
+            if not self._acquire_blocks(work):
+                return
+            self._waiting.popleft()
+            match work.kind:
+                case "run":
+                    self._begin(work)
+                case "receive":
+                    self._open_receive(work, now)
+                case "send":
+                    self._open_send(work, now)
+
+    @property
+    def _num_resident(self) -> int:
+        """Requests that decode here, or will as soon as their KV cache has come."""
+        return sum(1 for work in self._works.values() if work.kind != "send" and work.phase != "waiting")
+
+    def _acquire_blocks(self, work: Work) -> bool:
+        """Blocks for every token known so far, cached ones first. Leaves a block of growth to each running request."""
+        size = self.pool.block_size
+        last = work.num_known if work.kind == "receive" else work.num_known - 1  # else one token must be computed
+        prefix = self.pool.match(work.keys(last // size, size, self._root))
+        num_new = self.pool.blocks_for(work.num_known) - len(prefix)
+        growth = sum(1 for other in self._running.values() if other.kind != "send")
+        if self._running and num_new + growth > self.pool.num_available:
+            return False
+        blocks = self.pool.acquire(prefix, num_new)
+        if blocks is None:
+            return False
+        work.blocks = blocks
+        work.num_cached = work.num_computed = len(prefix) * size
+        work.num_registered = len(prefix)
+        return True
+
+    def _begin(self, work: Work) -> None:
+        work.phase = "running"
+        self._running[work.request.id] = work
+
+    def _open_receive(self, work: Work, now: float) -> None:
+        request_id = work.request.id
+        source = self._sources.pop(request_id)
+        if not self.exchange.is_linked(source):
+            self._fail(work, f"no link to {source}")
+            return
+        work.phase = "receiving"
+        grant = self.exchange.open_receive(work, source, work.num_registered, now)
+        self._report(Reserved(self.config.worker, request_id, work.epoch, grant, work.num_cached))
+
+    def _open_send(self, work: Work, now: float) -> None:
+        assignment = self._prefills.pop(work.request.id)
+        problem = self.exchange.open_send(work, assignment.target, assignment.grant, now)
+        if problem is None:
+            self._begin(work)
+        else:
+            self._fail(work, problem)
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def _start_step(self) -> None:
+        if self._chunks or not self._running:
+            return
+        decoding = [work for work in self._running.values() if work.is_decoding]
+        decoding = [work for work in decoding if self._grow(work)]
+        prefilling = [work for work in self._running.values() if work.phase == "running" and not work.is_decoding]
+        planned = plan_chunks(
+            (work for work in decoding if work.phase == "running"),
+            prefilling,
+            step_tokens=self.config.step_tokens,
+            block_size=self.config.block_size,
+        )
+        if planned:
+            self._step += 1
+            self._chunks = tuple((work, self._chunk(work, num_tokens)) for work, num_tokens in planned)
+            self._out.append(RunStep(self._step, tuple(chunk for _, chunk in self._chunks)))
+
+    def _chunk(self, work: Work, num_tokens: int) -> Chunk:
+        work.in_step = True
+        if not work.started:
+            work.started = True
+            self._report(Started(self.config.worker, work.request.id, work.epoch, work.num_cached))
+        return Chunk(
+            request=work.request,
+            start=work.num_computed,
+            num_tokens=num_tokens,
+            tokens=work.tokens,
+            blocks=work.blocks,
+            samples=work.num_computed + num_tokens == work.num_known,
+            num_outputs=work.num_outputs,
+            streams=work.sender is not None,
+        )
+
+    def _grow(self, work: Work) -> bool:
+        """Room for the next token; takes it from the youngest request if there is none. False: it was itself."""
+        if work.phase != "running":
+            return False
+        while self.pool.blocks_for(work.num_known) > len(work.blocks):
+            block = self.pool.acquire((), 1)
+            if block is not None:
+                work.blocks += block
+                continue
+            victim = max(
+                (other for other in self._running.values() if other.kind != "send"), key=lambda other: other.arrival
+            )
+            self._preempt(victim)
+            if victim is work:
+                return False
+        return True
+
+    def _preempt(self, work: Work) -> None:
+        """Take its blocks; it goes to the head of the queue with all its tokens and is computed again."""
+        del self._running[work.request.id]
+        self.pool.release(work.blocks)
+        work.restart()
+        self._waiting.appendleft(work)
+        self._report(Preempted(self.config.worker, work.request.id, work.epoch))
+
+    def _layers_ready(self, step: int, layer_lo: int, layer_hi: int) -> None:
+        assert step == self._step, f"layers of step {step} while step {self._step} runs"
+        for work, chunk in self._chunks:
+            if work.sender is not None and not work.failed:
+                self.exchange.layers_ready(work, layer_lo, layer_hi, self._complete_blocks(work, chunk))
+
+    def _complete_blocks(self, work: Work, chunk: Chunk) -> int:
+        """Blocks that are complete once this chunk is computed; the last, partial one is when the prompt ends."""
+        end = chunk.start + chunk.num_tokens
+        return self.pool.blocks_for(end) if end == work.num_known else end // self.pool.block_size
+
+    def _step_done(self, done: StepDone) -> None:
+        assert done.step == self._step, f"step {done.step} returned while step {self._step} runs"
+        chunks, self._chunks = self._chunks, ()
+        sampled = {item.request: item for item in done.sampled}
+        tokens: list[Token] = []
+        num_decode = 0
+        for work, chunk in chunks:
+            work.in_step = False
+            num_decode += chunk.num_tokens == 1 and chunk.num_outputs > 0
+            if work.failed:
+                self._free(work)
+                continue
+            if work.sender is not None:
+                work.sender.chunk_done(self._complete_blocks(work, chunk))
+            work.num_computed += chunk.num_tokens
+            self._register_blocks(work)
+            if chunk.samples:
+                drawn = sampled[work.request.id]
+                tokens.append(self._take_token(work, drawn.token, drawn.logprobs))
+        if tokens:
+            self._report(Emitted(self.config.worker, tuple(tokens)))
+        num_tokens = sum(chunk.num_tokens for _, chunk in chunks)
+        self._report_load(done.seconds, num_tokens - num_decode, num_decode)
+
+    def _take_token(self, work: Work, token: int, logprobs: TokenLogprobs | None) -> Token:
+        index = work.num_outputs
+        work.append(token)
+        sampling = work.request.sampling
+        finish = None
+        if token in sampling.stop_ids and work.num_outputs >= sampling.min_tokens:
+            finish = "stop"
+        elif work.num_outputs >= work.request.max_tokens:
+            finish = "length"
+        if finish is not None:
+            self._drop(work, "finished")
+        elif work.sender is not None:
+            del self._running[work.request.id]
+            self.exchange.send_done(work)
+        return Token(work.request.id, work.epoch, index, token, finish, logprobs)
+
+    def _register_blocks(self, work: Work) -> None:
+        """Make the blocks that have just become full findable."""
+        num_full = work.num_computed // self.pool.block_size
+        if num_full > work.num_registered:
+            keys = work.keys(num_full, self.pool.block_size, self._root)
+            for index in range(work.num_registered, len(keys)):
+                self.pool.register(work.blocks[index], keys[index])
+            work.num_registered = num_full
+
+    def _step_failed(self, reason: str) -> None:
+        chunks, self._chunks = self._chunks, ()
+        for work, _ in chunks:
+            work.in_step = False
+            if work.failed:
+                self._free(work)
+            else:
+                self._fail(work, reason)
+
+    # -- ends ---------------------------------------------------------------------------------------------------------
+
+    def _settle(self, outcomes: list[Outcome]) -> None:
+        for outcome in outcomes:
+            work = outcome.work
+            match outcome:
+                case Verified():
+                    self._take_over(work)
+                case Released():
+                    self._forget(work)
+                    self.pool.release(work.blocks)
+                    work.blocks = []
+                    self._report(PrefillSent(self.config.worker, work.request.id, work.epoch))
+                case Failed(_, reason):
+                    if work.failed or work.phase == "draining":
+                        continue
+                    self._fail(work, reason)
+
+    def _take_over(self, work: Work) -> None:
+        """The KV cache is here: go on from the token the sender has drawn."""
+        receiver = work.receiver
+        assert receiver is not None
+        assert receiver.outputs is not None
+        work.num_computed = work.num_known
+        work.tokens = [*work.request.prompt, *receiver.outputs]
+        work.num_outputs = len(receiver.outputs)
+        work.num_known = work.request.num_prompt_tokens + work.num_outputs
+        work.receiver = None
+        self._register_blocks(work)
+        self._begin(work)
+        wire_seconds = receiver.last_at - (receiver.first_at or receiver.last_at)
+        self._report(
+            KvVerified(
+                self.config.worker, work.request.id, work.epoch, receiver.num_bytes, wire_seconds, receiver.num_frames
+            )
+        )
+
+    def _fail(self, work: Work, reason: str) -> None:
+        failure = RequestFailed if work.kind == "run" else HandoffFailed
+        self._report(failure(self.config.worker, work.request.id, work.epoch, reason))
+        self._drop(work, reason)
+
+    def _drop(self, work: Work, reason: str) -> None:
+        """This request is over here. Its blocks follow as soon as nobody can touch them."""
+        self._forget(work)
+        if work.in_step:
+            work.failed = True
+        elif work.phase == "receiving" and work.receiver is not None:
+            self.exchange.abort_receive(work, reason)
+        else:
+            self._free(work)
+
+    def _free(self, work: Work) -> None:
+        if work.sender is not None:
+            self.exchange.abort_send(work)
+        else:
+            self.pool.release(work.blocks)
+            work.blocks = []
+
+    def _forget(self, work: Work) -> None:
+        request_id = work.request.id
+        if self._works.get(request_id) is work:
+            del self._works[request_id]
+        self._running.pop(request_id, None)
+        if work.phase == "waiting" and work in self._waiting:
+            self._waiting.remove(work)
+        self._sources.pop(request_id, None)
+        self._prefills.pop(request_id, None)
+
+    # -- reports ------------------------------------------------------------------------------------------------------
+
+    def _report(self, event: EngineReport) -> None:
+        self._out.append(ToController(event))
+
+    def _report_changes(self) -> None:
+        stored, evicted = self.pool.take_changes()
+        if stored or evicted:
+            self._cache_sequence += 1
+            self._report(CacheChanged(self.config.worker, self._cache_sequence, stored, evicted))
+        if not self._chunks:
+            self._report_load(0.0, 0, 0)
+
+    def _report_load(self, step_seconds: float, num_prefill: int, num_decode: int) -> None:
+        """After a step, and when something changed while idle."""
+        pool = self.pool
+        load = Load(
+            worker=self.config.worker,
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            waiting_prefill_tokens=sum(work.num_known - work.num_computed for work in self._waiting),
+            blocks_free=pool.num_free,
+            blocks_referenced=pool.num_referenced,
+            blocks_cached=pool.num_cached,
+            blocks_quarantined=pool.num_quarantined,
+            blocks_total=pool.num_blocks,
+            step_seconds=step_seconds,
+            step_prefill_tokens=num_prefill,
+            step_decode_tokens=num_decode,
+        )
+        if step_seconds or self._last_load is None or load != self._last_load:
+            self._report(load)
+            self._last_load = msgspec.structs.replace(
+                load, step_seconds=0.0, step_prefill_tokens=0, step_decode_tokens=0
+            )
+
+    def check(self) -> None:
+        """Assert every invariant of the worker. For tests, after any event."""
+        self.pool.check([*(work.blocks for work in self._held_works()), *self.exchange.tables()])
+        for work in self._works.values():
+            assert work.num_computed <= work.num_known <= work.request.num_prompt_tokens + work.request.max_tokens
+            assert (work.phase == "waiting") == (work in self._waiting), "a request waits, or it does not"
+
+    def _held_works(self) -> list[Work]:
+        held = list(self._works.values())
+        return held + [work for work, _ in self._chunks if work.failed]
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is held: no request, no transfer, no quarantine."""
+        return not self._works and not self._chunks and not self.exchange.num_open and not self.pool.num_quarantined

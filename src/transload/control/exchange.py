@@ -1,0 +1,325 @@
+"""All transfers of one worker, in both directions: opens them, feeds them frames, keeps their leases, ends them.
+
+The Engine owns requests and steps; this owns what crosses to other workers. It writes commands into the Engine's list
+and answers with outcomes, which the Engine acts on.
+
+A block that another worker may write into must not change hands before that is ruled out. It is ruled out when the
+sender has said so (KvAbortAck, which it sends after its writes have drained), when the link is lost (the
+driver reports that only once no write can be under way), or at once where the receiver does the copying itself.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from random import Random
+
+import msgspec
+
+from transload.control.blocks import BlockPool
+from transload.control.handoff import KvReceiver, KvSender, Lease
+from transload.control.messages import (
+    CancelSends,
+    EngineCommand,
+    ExpectKv,
+    ForgetKv,
+    Frame,
+    Grant,
+    KvAbort,
+    KvAbortAck,
+    KvData,
+    KvDone,
+    KvReady,
+    KvRenew,
+    SendFrame,
+    SetTimer,
+    TransferId,
+    WorkerId,
+)
+from transload.control.work import Work
+
+LEASE_TIMER = "leases"
+MAX_TOMBSTONES = 4096
+
+
+class Verified(msgspec.Struct, frozen=True):
+    """The work's KV cache is complete and intact: it may run."""
+
+    work: Work
+
+
+class Released(msgspec.Struct, frozen=True):
+    """The receiver has taken over: the sender's blocks are no longer needed."""
+
+    work: Work
+
+
+class Failed(msgspec.Struct, frozen=True):
+    """This transfer will not complete. The exchange has closed its side and dealt with the blocks."""
+
+    work: Work
+    reason: str
+
+
+Outcome = Verified | Released | Failed
+
+
+class Exchange:
+    """The transfers of one worker. `out` is the Engine's list of commands under construction."""
+
+    def __init__(
+        self,
+        *,
+        pool: BlockPool,
+        num_layers: int,
+        cell_bytes: int,
+        lease_seconds: float,
+        random: Random,
+        out: list[EngineCommand],
+    ) -> None:
+        self._pool = pool
+        self._num_layers = num_layers
+        self._cell_bytes = cell_bytes
+        self._lease_seconds = lease_seconds
+        self._random = random
+        self._out = out
+        self._peers: dict[WorkerId, bool] = {}
+        self._sending: dict[TransferId, Work] = {}
+        self._receiving: dict[TransferId, Work] = {}
+        self._quarantined: dict[TransferId, WorkerId] = {}
+        self._tombstones: OrderedDict[TransferId, None] = OrderedDict()
+        self._timer_set = False
+        self.num_late_frames = 0
+
+    # -- opening ------------------------------------------------------------------------------------------------------
+
+    def is_linked(self, peer: WorkerId) -> bool:
+        return peer in self._peers
+
+    def open_receive(self, work: Work, source: WorkerId, first_block: int, now: float) -> Grant:
+        """Name a transfer that may fill the work's blocks from `first_block` on."""
+        transfer = TransferId(self._random.getrandbits(63))
+        grant = Grant(transfer, tuple(work.blocks[first_block:]), first_block, self._lease_ms)
+        work.receiver = KvReceiver(source, work.epoch, grant, self._num_layers, Lease(self._lease_seconds, now))
+        self._receiving[transfer] = work
+        self._out.append(ExpectKv(transfer, work.epoch, source, first_block, grant.blocks))
+        self._keep_leases()
+        return grant
+
+    def open_send(self, work: Work, target: WorkerId, grant: Grant, now: float) -> str | None:
+        """Take on the sender's half. Returns why not, or None."""
+        if grant.transfer in self._tombstones:
+            return "the receiver has withdrawn the transfer"
+        if target not in self._peers:
+            return f"no link to {target}"
+        work.sender = KvSender(target, work.epoch, grant, Lease(self._lease_seconds, now))
+        self._sending[grant.transfer] = work
+        self._send(target, KvRenew(grant.transfer, work.epoch, self._lease_ms))
+        self._keep_leases()
+        return None
+
+    # -- sending ------------------------------------------------------------------------------------------------------
+
+    def layers_ready(self, work: Work, layer_lo: int, layer_hi: int, block_hi: int) -> None:
+        """Layers of the running chunk are in the cache: send those of every block the chunk completes."""
+        sender = work.sender
+        assert sender is not None
+        frame = sender.frame(layer_lo, layer_hi, block_hi, self._cell_bytes)
+        if frame is not None:
+            source_blocks = tuple(work.blocks[frame.block_lo : frame.block_hi])
+            self._out.append(SendFrame(sender.target, frame, source_blocks, sender.target_blocks(frame)))
+
+    def send_done(self, work: Work) -> None:
+        """The prompt is computed and its first token drawn: say that this is all, and wait for KvReady."""
+        sender = work.sender
+        assert sender is not None
+        work.phase = "sent"
+        self._send(sender.target, KvDone(sender.transfer, sender.epoch, sender.num_frames, work.outputs))
+
+    # -- giving up ----------------------------------------------------------------------------------------------------
+
+    def abort_send(self, work: Work) -> None:
+        """Stop sending. The blocks stay with the work until `SendsDrained`. The receiver learns it from the
+        controller, and asks with KvAbort when it may reuse its own blocks."""
+        sender = work.sender
+        assert sender is not None
+        if work.phase == "draining":
+            return
+        work.phase = "draining"
+        self._out.append(CancelSends(sender.target, sender.transfer, sender.epoch))
+
+    def abort_receive(self, work: Work, reason: str) -> None:
+        """Stop receiving, and free the blocks as soon as nothing can write into them."""
+        receiver = work.receiver
+        assert receiver is not None
+        one_sided = self._peers.get(receiver.source, False)
+        self._send(receiver.source, KvAbort(receiver.transfer, receiver.epoch, reason))
+        self._close_receive(work, may_be_written=one_sided)
+
+    def _close_receive(self, work: Work, *, may_be_written: bool) -> None:
+        receiver = work.receiver
+        assert receiver is not None
+        del self._receiving[receiver.transfer]
+        self._out.append(ForgetKv(receiver.transfer, receiver.epoch))
+        first = receiver.grant.first_block
+        self._pool.release(work.blocks[:first])
+        if may_be_written:
+            self._pool.quarantine(work.blocks[first:], receiver.transfer)
+            self._quarantined[receiver.transfer] = receiver.source
+        else:
+            self._pool.release(work.blocks[first:])
+        work.blocks = []
+        work.receiver = None
+
+    def sends_drained(self, transfer: TransferId) -> None:
+        """Nothing of this transfer is under way any more: release the blocks, and tell a receiver that asked."""
+        work = self._sending.pop(transfer, None)
+        if work is None:
+            return
+        sender = work.sender
+        assert sender is not None
+        self._pool.release(work.blocks)
+        work.blocks = []
+        if sender.ack_wanted:
+            self._send(sender.target, KvAbortAck(transfer, sender.epoch))
+
+    # -- frames -------------------------------------------------------------------------------------------------------
+
+    def take_frame(self, peer: WorkerId, frame: Frame, arrived_checksum: int, now: float) -> list[Outcome]:
+        """Feed one frame from a peer. Frames of unknown or older transfers are counted and dropped."""
+        sending = self._sending.get(frame.transfer)
+        if sending is not None and sending.sender is not None and sending.sender.target == peer:
+            return self._take_as_sender(sending, sending.sender, frame, now)
+        receiving = self._receiving.get(frame.transfer)
+        if receiving is not None and receiving.receiver is not None and receiving.receiver.source == peer:
+            return self._take_as_receiver(receiving, receiving.receiver, frame, arrived_checksum, now)
+        self._take_stray(peer, frame)
+        return []
+
+    def _take_as_sender(self, work: Work, sender: KvSender, frame: Frame, now: float) -> list[Outcome]:
+        sender.lease.renew(now)
+        match frame:
+            case KvReady() if work.phase == "sent":
+                del self._sending[sender.transfer]
+                return [Released(work)]
+            case KvAbort(_, _, reason):
+                sender.ack_wanted = True
+                self._bury(sender.transfer)
+                if work.phase != "draining":
+                    return [Failed(work, f"{sender.target} gave up: {reason}")]
+            case _:
+                pass
+        return []
+
+    def _take_as_receiver(
+        self, work: Work, receiver: KvReceiver, frame: Frame, arrived_checksum: int, now: float
+    ) -> list[Outcome]:
+        if frame.epoch != receiver.epoch:
+            self.num_late_frames += 1
+            return []
+        receiver.lease.renew(now)
+        problem: str | None = None
+        match frame:
+            case KvData():
+                problem = receiver.take_frame(frame, arrived_checksum, now)
+            case KvDone():
+                receiver.take_done(frame, now)
+            case _:
+                pass
+        if problem is not None:
+            self.abort_receive(work, problem)
+            return [Failed(work, problem)]
+        if receiver.verified:
+            del self._receiving[receiver.transfer]
+            self._out.append(ForgetKv(receiver.transfer, receiver.epoch))
+            self._send(receiver.source, KvReady(receiver.transfer, receiver.epoch))
+            return [Verified(work)]
+        return []
+
+    def _take_stray(self, peer: WorkerId, frame: Frame) -> None:
+        match frame:
+            case KvAbortAck(transfer) if self._quarantined.get(transfer) == peer:
+                del self._quarantined[transfer]
+                self._pool.end_quarantine(transfer)
+            case KvAbort(transfer, epoch):
+                self._bury(transfer)
+                self._send(peer, KvAbortAck(transfer, epoch))
+            case KvRenew() | KvAbortAck():
+                pass
+            case _:
+                self.num_late_frames += 1
+
+    def _bury(self, transfer: TransferId) -> None:
+        """Never start this transfer again, even if its assignment is still on the way here."""
+        self._tombstones[transfer] = None
+        if len(self._tombstones) > MAX_TOMBSTONES:
+            self._tombstones.popitem(last=False)
+
+    # -- links and leases ---------------------------------------------------------------------------------------------
+
+    def peer_up(self, peer: WorkerId, one_sided: bool) -> None:
+        self._peers[peer] = one_sided
+
+    def peer_lost(self, peer: WorkerId) -> list[Outcome]:
+        """The link is gone and nothing of it writes any more: end its transfers and its quarantines."""
+        self._peers.pop(peer, None)
+        for transfer in [transfer for transfer, source in self._quarantined.items() if source == peer]:
+            del self._quarantined[transfer]
+            self._pool.end_quarantine(transfer)
+        outcomes: list[Outcome] = []
+        for work in list(self._receiving.values()):
+            if work.receiver is not None and work.receiver.source == peer:
+                self._close_receive(work, may_be_written=False)
+                outcomes.append(Failed(work, f"lost the link to {peer}"))
+        for work in list(self._sending.values()):
+            if work.sender is not None and work.sender.target == peer and work.phase != "draining":
+                outcomes.append(Failed(work, f"lost the link to {peer}"))
+        return outcomes
+
+    def tick(self, now: float) -> list[Outcome]:
+        """A third of a lease has passed: renew what goes on, give up on what has gone silent."""
+        self._timer_set = False
+        outcomes: list[Outcome] = []
+        for work in list(self._receiving.values()):
+            receiver = work.receiver
+            assert receiver is not None
+            if receiver.lease.expired(now):
+                source = receiver.source
+                self.abort_receive(work, "lease expired")
+                outcomes.append(Failed(work, f"no sign of life from {source} for {self._lease_seconds:g} s"))
+            else:
+                self._send(receiver.source, KvRenew(receiver.transfer, receiver.epoch, self._lease_ms))
+        for work in list(self._sending.values()):
+            sender = work.sender
+            assert sender is not None
+            if work.phase == "draining":
+                continue
+            if sender.lease.expired(now):
+                outcomes.append(Failed(work, f"no sign of life from {sender.target} for {self._lease_seconds:g} s"))
+            else:
+                self._send(sender.target, KvRenew(sender.transfer, sender.epoch, self._lease_ms))
+        self._keep_leases()
+        return outcomes
+
+    def _keep_leases(self) -> None:
+        if (self._receiving or self._sending) and not self._timer_set:
+            self._timer_set = True
+            self._out.append(SetTimer(LEASE_TIMER, self._lease_seconds / 3))
+
+    @property
+    def _lease_ms(self) -> int:
+        return int(self._lease_seconds * 1000)
+
+    def _send(self, peer: WorkerId, frame: Frame) -> None:
+        if peer in self._peers:
+            self._out.append(SendFrame(peer, frame))
+
+    # -- for tests and metrics ----------------------------------------------------------------------------------------
+
+    @property
+    def num_open(self) -> int:
+        """Transfers this worker takes part in, draining ones included."""
+        return len(self._sending) + len(self._receiving)
+
+    def tables(self) -> list[list[int]]:
+        """Block tables held by sends that are draining: their requests have ended already."""
+        return [work.blocks for work in self._sending.values() if work.phase == "draining"]

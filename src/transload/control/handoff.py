@@ -1,0 +1,134 @@
+"""Both halves of a KV handoff, as bookkeeping without IO: what was sent, what has arrived, who still holds what.
+
+    sender                                      receiver
+    ------                                      --------
+                                                reserves blocks, expects the transfer
+    prefills a chunk, layer by layer
+    KvData (sequence 0, 1, ...)      ------->   ticks off each (layer, block) cell, compares checksums
+    ...
+    KvDone (outputs so far)          ------->   all cells once, all frames seen: verified
+    releases its blocks              <-------   KvReady
+                                                runs the request
+
+                                     <-------   KvAbort: it gives up, and puts its blocks aside
+    has no write under way: KvAbortAck ----->   the blocks are free again
+
+KvRenew goes both ways every third of a lease. Who hears nothing for a lease gives up. A sender that gives up tells
+the controller, which cancels the receiver.
+
+A receiver runs nothing before `verified`: a frame lost, repeated, reordered or changed can only lead to the same text
+or to a failed transfer.
+"""
+
+from __future__ import annotations
+
+from transload.control.messages import Grant, KvData, KvDone, TransferId, WorkerId
+
+
+class Lease:
+    """The other side's sign of life. Counts on the clock of the side that holds it."""
+
+    def __init__(self, seconds: float, now: float) -> None:
+        self.seconds = seconds
+        self._until = now + seconds
+
+    def renew(self, now: float) -> None:
+        self._until = now + self.seconds
+
+    def expired(self, now: float) -> bool:
+        return now >= self._until
+
+
+class KvSender:
+    """The prefill worker's half: which frames are due next."""
+
+    def __init__(self, target: WorkerId, epoch: int, grant: Grant, lease: Lease) -> None:
+        self.target = target
+        self.transfer: TransferId = grant.transfer
+        self.epoch = epoch
+        self.grant = grant
+        self.lease = lease
+        self.next_block = grant.first_block
+        self.num_frames = 0
+        self.ack_wanted = False
+
+    def frame(self, layer_lo: int, layer_hi: int, block_hi: int, cell_bytes: int) -> KvData | None:
+        """The frame for these layers of all blocks finished by the running chunk and not sent before; None if no
+        block is finished."""
+        if block_hi <= self.next_block:
+            return None
+        frame = KvData(
+            transfer=self.transfer,
+            epoch=self.epoch,
+            sequence=self.num_frames,
+            layer_lo=layer_lo,
+            layer_hi=layer_hi,
+            block_lo=self.next_block,
+            block_hi=block_hi,
+            num_bytes=(layer_hi - layer_lo) * (block_hi - self.next_block) * cell_bytes,
+        )
+        self.num_frames += 1
+        return frame
+
+    def chunk_done(self, block_hi: int) -> None:
+        """All layers of the blocks before `block_hi` have been framed."""
+        self.next_block = max(self.next_block, block_hi)
+
+    def target_blocks(self, frame: KvData) -> tuple[int, ...]:
+        """Where the frame's blocks go in the receiver's pool."""
+        first = self.grant.first_block
+        return self.grant.blocks[frame.block_lo - first : frame.block_hi - first]
+
+
+class KvReceiver:
+    """The decode worker's half: what has arrived, and whether it may be used."""
+
+    def __init__(self, source: WorkerId, epoch: int, grant: Grant, num_layers: int, lease: Lease) -> None:
+        self.source = source
+        self.transfer: TransferId = grant.transfer
+        self.epoch = epoch
+        self.grant = grant
+        self.lease = lease
+        self.outputs: tuple[int, ...] | None = None
+        self.num_bytes = 0
+        self.num_frames = 0
+        self.first_at: float | None = None
+        self.last_at = 0.0
+        self._missing = [(1 << len(grant.blocks)) - 1] * num_layers  # a bit per block not here yet, by layer
+        self._seen: set[int] = set()
+        self._num_frames_sent: int | None = None
+
+    def take_frame(self, frame: KvData, arrived_checksum: int, now: float) -> str | None:
+        """Tick off the frame's cells. Returns what is wrong with it, or None. A repeated frame changes nothing."""
+        if frame.sequence in self._seen:
+            return None
+        if arrived_checksum != frame.checksum:
+            return f"checksum of frame {frame.sequence} is {arrived_checksum:#x}, sent as {frame.checksum:#x}"
+        low, high = frame.block_lo - self.grant.first_block, frame.block_hi - self.grant.first_block
+        if not (
+            0 <= low < high <= len(self.grant.blocks) and 0 <= frame.layer_lo < frame.layer_hi <= len(self._missing)
+        ):
+            return f"frame {frame.sequence} names cells outside the reservation"
+        mask = (1 << high) - (1 << low)
+        for layer in range(frame.layer_lo, frame.layer_hi):
+            if self._missing[layer] & mask != mask:
+                return f"frame {frame.sequence} brings cells that are here already"
+            self._missing[layer] ^= mask
+        self._seen.add(frame.sequence)
+        self.num_frames += 1
+        self.num_bytes += frame.num_bytes
+        self.first_at = now if self.first_at is None else self.first_at
+        self.last_at = now
+        return None
+
+    def take_done(self, frame: KvDone, now: float) -> None:
+        """The sender's last word, which may overtake its data."""
+        self.outputs = frame.outputs
+        self._num_frames_sent = frame.num_frames
+        self.first_at = now if self.first_at is None else self.first_at
+        self.last_at = now
+
+    @property
+    def verified(self) -> bool:
+        """Every cell is here once, intact, and the sender has said that this is all."""
+        return self.outputs is not None and self._num_frames_sent == len(self._seen) and not any(self._missing)

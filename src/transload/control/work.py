@@ -1,0 +1,99 @@
+"""One request on one worker: its tokens, its blocks, and how far it is."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from transload.control.handoff import KvReceiver, KvSender
+from transload.control.messages import Request
+from transload.control.prefix import block_key
+
+WorkKind = Literal["run", "send", "receive"]
+"""run: prefill and decode here; send: prefill here, decode elsewhere; receive: decode here, prefilled elsewhere."""
+
+WorkPhase = Literal["waiting", "receiving", "running", "sent", "draining"]
+"""waiting: for blocks; receiving: for its KV cache; running: has tokens to compute; sent: its cache is on its way and
+held until the receiver has verified it; draining: ended, but sends that read its blocks are still under way."""
+
+
+class Work:
+    """Mutable state of a request on a worker; only the Engine touches it.
+
+    The first `num_computed` of its `num_known` tokens have their keys and values in `blocks`. `tokens` lists them all;
+    in runs that only count it lists the outputs alone.
+    """
+
+    __slots__ = (
+        "arrival",
+        "blocks",
+        "epoch",
+        "failed",
+        "in_step",
+        "kind",
+        "known_keys",
+        "num_cached",
+        "num_computed",
+        "num_known",
+        "num_outputs",
+        "num_registered",
+        "phase",
+        "receiver",
+        "request",
+        "sender",
+        "started",
+        "tokens",
+    )
+
+    def __init__(self, request: Request, epoch: int, outputs: tuple[int, ...], kind: WorkKind, arrival: int) -> None:
+        self.request = request
+        self.epoch = epoch
+        self.kind: WorkKind = kind
+        self.phase: WorkPhase = "waiting"
+        self.arrival = arrival
+        self.tokens: list[int] = [*request.prompt, *outputs]
+        self.num_outputs = len(outputs)
+        self.num_known = request.num_prompt_tokens + len(outputs)
+        self.num_computed = 0
+        self.num_cached = 0
+        self.blocks: list[int] = []
+        self.known_keys: list[bytes] = list(request.block_keys)
+        self.num_registered = 0
+        self.sender: KvSender | None = None
+        self.receiver: KvReceiver | None = None
+        self.in_step = False
+        self.started = False
+        self.failed = False  # ended while its step was running: dropped when the step returns
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether one token a step is all it needs now."""
+        return self.num_known - self.num_computed == 1 and self.num_outputs > 0
+
+    def append(self, token: int) -> None:
+        """A token was drawn."""
+        self.tokens.append(token)
+        self.num_outputs += 1
+        self.num_known += 1
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """The output tokens so far."""
+        return tuple(self.tokens[len(self.request.prompt) :])
+
+    def keys(self, num_blocks: int, block_size: int, root: bytes) -> list[bytes]:
+        """Prefix keys of the first `num_blocks` full blocks, or of as many as can be told."""
+        keys = self.known_keys
+        while len(keys) < num_blocks and self.request.prompt:
+            start = len(keys) * block_size
+            keys.append(block_key(keys[-1] if keys else root, self.tokens[start : start + block_size]))
+        return keys[:num_blocks]
+
+    def restart(self) -> None:
+        """Its blocks are gone; everything known is to be computed again, and nothing is lost."""
+        self.phase = "waiting"
+        self.kind = "run"
+        self.num_computed = 0
+        self.num_registered = 0
+        self.blocks = []
+        self.sender = None
+        self.receiver = None
