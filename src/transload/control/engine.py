@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from random import Random
+from typing import Literal
 
 import msgspec
 
@@ -322,7 +323,7 @@ class Engine:
         index = work.num_outputs
         work.append(token)
         sampling = work.request.sampling
-        finish = None
+        finish: Literal["stop", "length"] | None = None
         if token in sampling.stop_ids and work.num_outputs >= sampling.min_tokens:
             finish = "stop"
         elif work.num_outputs >= work.request.max_tokens:

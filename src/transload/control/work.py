@@ -92,6 +92,7 @@ class Work:
         """Its blocks are gone; everything known is to be computed again, and nothing is lost."""
         self.phase = "waiting"
         self.kind = "run"
+        self.started = False
         self.num_computed = 0
         self.num_registered = 0
         self.blocks = []

@@ -87,8 +87,9 @@ class Targets(Part, frozen=True, kw_only=True):
 class Router(Part, frozen=True, kw_only=True):
     policy: Literal["estimate", "round_robin", "least_loaded"] = "estimate"
     """estimate: fewest estimated seconds, counting queues, cached prefixes and the transfer."""
-    local_prefill: Literal["auto", "never", "always"] = "auto"
-    """May a decode worker prefill itself? auto: where that is estimated faster, or no prefill worker is left."""
+    local_prefill: Literal["auto", "fallback", "always"] = "auto"
+    """When a decode worker prefills itself. auto: where that is estimated faster; fallback: only while no prefill worker is
+    left; always."""
     max_attempts: int = 4
     """How often a request is started anew after losing a worker or a transfer."""
 

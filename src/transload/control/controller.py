@@ -1,0 +1,339 @@
+"""The cluster's machine: decides, per request, who works on it, and sees to it that every request ends, once.
+
+    handle(event, now) -> commands
+
+Admit or refuse, route, reserve, prefill, stream; on a lost worker or a failed transfer start over with the tokens the
+request has, one epoch later. It never waits for anything without a timer.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import msgspec
+
+from transload.control.admission import Admission
+from transload.control.messages import (
+    Arrived,
+    Assignment,
+    CacheChanged,
+    Cancel,
+    Cancelled,
+    CancelTimer,
+    ControllerCommand,
+    ControllerEvent,
+    Emitted,
+    Finish,
+    FinishReason,
+    HandoffFailed,
+    KvVerified,
+    LinkMeasured,
+    Load,
+    Preempted,
+    Prefill,
+    PrefillSent,
+    Reject,
+    Request,
+    RequestFailed,
+    RequestId,
+    Reserve,
+    Reserved,
+    RestartWorker,
+    Run,
+    SetTimer,
+    Started,
+    Stream,
+    TimerFired,
+    Token,
+    ToWorker,
+    WorkerGone,
+    WorkerId,
+    WorkerJoined,
+)
+from transload.control.rates import LinkRate
+from transload.control.router import Decision, LocalPrefill, Policy, Router
+from transload.control.tracking import Tracked
+from transload.control.views import WorkerView
+
+
+class ControllerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the controller is told once."""
+
+    policy: Policy = "estimate"
+    local_prefill: LocalPrefill = "auto"
+    max_attempts: int = 4
+    max_waiting: int = 256
+    max_batch: int = 64
+    first_restart_seconds: float = 0.2
+    """Pause before a lost worker is started again; doubles with every loss that follows within a minute."""
+    longest_restart_seconds: float = 10.0
+
+
+class Controller:
+    """The machine of one cluster. Not thread-safe: one driver calls `handle` with one event after another."""
+
+    def __init__(self, config: ControllerConfig) -> None:
+        self.config = config
+        self.requests: dict[RequestId, Tracked] = {}  # admitted and not ended
+        self.views: dict[WorkerId, WorkerView] = {}  # alive
+        self.links: dict[tuple[WorkerId, WorkerId], LinkRate] = {}
+        self.ended: Tracked | None = None
+        """The request that ended in the event just handled, for the driver's records."""
+        self._router = Router(config.policy, config.local_prefill)
+        self._admission = Admission(config.max_waiting)
+        self._queue: deque[Tracked] = deque()
+        self._losses: dict[WorkerId, tuple[int, float]] = {}  # in a row, and when the last one was
+        self._out: list[ControllerCommand] = []
+
+    @property
+    def num_waiting(self) -> int:
+        """Admitted requests that no worker has room for yet."""
+        return len(self._queue)
+
+    def handle(self, event: ControllerEvent, now: float) -> list[ControllerCommand]:
+        """Take in one fact; return what is to be done about it, in order."""
+        match event:
+            case Emitted(worker, tokens):
+                for token in tokens:
+                    self._take_token(worker, token, now)
+            case Load():
+                if (view := self.views.get(event.worker)) is not None:
+                    view.take_load(event)
+            case CacheChanged():
+                if (view := self.views.get(event.worker)) is not None:
+                    view.take_cache_change(event)
+            case Arrived(request):
+                self._arrive(request, now)
+            case Cancelled(request_id, reason):
+                if (tracked := self.requests.get(request_id)) is not None:
+                    self._finish(tracked, reason, now)
+            case (
+                Reserved() | Started() | KvVerified() | Preempted() | PrefillSent() | HandoffFailed() | RequestFailed()
+            ):
+                tracked = self.requests.get(event.request)
+                if tracked is not None and tracked.epoch == event.epoch:
+                    self._progress(tracked, event, now)
+            case WorkerJoined():
+                self.views[event.worker] = WorkerView(event, self.config.max_batch)
+            case WorkerGone(worker, _, reason):
+                self._lose_worker(worker, reason, now)
+            case LinkMeasured(source, target, transport, bytes_per_second, latency_seconds):
+                if bytes_per_second > 0:
+                    self.links[source, target] = LinkRate(bytes_per_second, latency_seconds, transport)
+                else:
+                    self.links.pop((source, target), None)
+            case TimerFired(key):
+                self._deadline_passed(RequestId(int(key.removeprefix("deadline/"))), now)
+        self._dispatch(now)
+        commands = self._out.copy()
+        self._out.clear()
+        return commands
+
+    # -- admission and routing ----------------------------------------------------------------------------------------
+
+    def _arrive(self, request: Request, now: float) -> None:
+        if len(self._queue) >= self.config.max_waiting:
+            retry_after_seconds = self._admission.retry_after(now)
+            message = f"{len(self._queue)} requests are waiting already; try again in {retry_after_seconds:.0f} s"
+            self._out.append(Reject(request.id, message, retry_after_seconds))
+            return
+        tracked = Tracked(request, now)
+        self.requests[request.id] = tracked
+        self._queue.append(tracked)
+        self._out.append(SetTimer(f"deadline/{request.id}", request.deadline_seconds))
+
+    def _dispatch(self, now: float) -> None:
+        """Send off those who wait, first come first served, as long as a worker has room."""
+        while self._queue and self.views:
+            tracked = self._queue[0]
+            decision = self._router.choose(
+                tracked.request,
+                tracked.num_known,
+                self._admission.expected_outputs,
+                list(self.views.values()),
+                self.links,
+                avoid_handoff=tracked.num_failed_handoffs >= 2,
+            )
+            if decision is None:
+                return
+            self._queue.popleft()
+            self._admission.dispatched(now)
+            self._assign(tracked, decision, now)
+
+    def _assign(self, tracked: Tracked, decision: Decision, now: float) -> None:
+        request, outputs = tracked.request, tuple(tracked.outputs)
+        tracked.decision = decision.reason
+        tracked.decode = decision.decode
+        tracked.prefill = decision.prefill
+        decode = self.views[decision.decode]
+        num_tokens = tracked.num_known + int(min(request.max_tokens, self._admission.expected_outputs))
+        if decision.prefill is None:
+            uncached = tracked.num_known - decode.num_cached_tokens(request.block_keys)
+            decode.commit(request, num_tokens, uncached)
+            tracked.enter("prefilling")
+            tracked.begin_stage("prefill queue", decision.decode, now)
+            self._send(decision.decode, Run(request, tracked.epoch, outputs))
+        else:
+            prefill = self.views[decision.prefill]
+            decode.commit(request, num_tokens, 0)
+            uncached = tracked.num_known - prefill.num_cached_tokens(request.block_keys)
+            prefill.commit(request, tracked.num_known, uncached)
+            tracked.enter("reserving")
+            tracked.begin_stage("reserve", decision.decode, now)
+            self._send(decision.decode, Reserve(request, tracked.epoch, decision.prefill, outputs))
+
+    def _send(self, worker: WorkerId, assignment: Assignment) -> None:
+        self._out.append(ToWorker(worker, assignment))
+
+    # -- progress -----------------------------------------------------------------------------------------------------
+
+    def _progress(
+        self,
+        tracked: Tracked,
+        event: Reserved | Started | KvVerified | Preempted | PrefillSent | HandoffFailed | RequestFailed,
+        now: float,
+    ) -> None:
+        match event:
+            case Reserved(_, _, epoch, grant, num_cached):
+                assert tracked.prefill is not None
+                assert tracked.decode is not None
+                tracked.stages[-1].detail["cached_tokens_here"] = num_cached
+                tracked.enter("prefilling")
+                tracked.begin_stage("prefill queue", tracked.prefill, now)
+                outputs = tuple(tracked.outputs)
+                self._send(tracked.prefill, Prefill(tracked.request, epoch, tracked.decode, grant, outputs))
+            case Started(worker, _, _, num_cached):
+                self._started(tracked, worker, num_cached, now)
+            case KvVerified():
+                self._handed_over(tracked, event, now)
+            case PrefillSent(worker):
+                self._leave(worker, tracked)
+            case Preempted(worker):
+                tracked.begin_stage("preempted", worker, now)
+            case HandoffFailed(worker, _, _, reason):
+                tracked.num_failed_handoffs += 1
+                self._start_over(tracked, f"handoff failed at {worker}: {reason}", now)
+            case RequestFailed(worker, _, _, reason):
+                self._start_over(tracked, f"failed on {worker}: {reason}", now)
+
+    def _started(self, tracked: Tracked, worker: WorkerId, num_cached: int, now: float) -> None:
+        if tracked.phase == "prefilling":
+            if tracked.num_cached is None:
+                tracked.num_cached = min(num_cached, tracked.request.num_prompt_tokens)
+            tracked.begin_stage("prefill", worker, now).detail["cached_tokens"] = num_cached
+        elif worker == tracked.decode:
+            tracked.begin_stage("decode", worker, now)
+
+    def _handed_over(self, tracked: Tracked, verified: KvVerified, now: float) -> None:
+        """The decode worker has the KV cache. The first token may still be on its way here from the prefill worker."""
+        tracked.handed_over = True
+        detail: dict[str, float | int | str] = {
+            "bytes": verified.num_bytes,
+            "frames": verified.num_frames,
+            "wire_seconds": verified.wire_seconds,
+        }
+        if tracked.phase == "transferring":
+            tracked.stages[-1].detail.update(detail)
+            tracked.enter("decoding")
+            tracked.begin_stage("decode queue", tracked.decode, now)
+        else:
+            tracked.stages[-1].detail.update({f"transfer_{key}": value for key, value in detail.items()})
+
+    def _take_token(self, worker: WorkerId, token: Token, now: float) -> None:
+        tracked = self.requests.get(token.request)
+        if tracked is None:
+            return
+        for ready in tracked.take_token(token):
+            if tracked.phase == "prefilling":
+                self._prefilled(tracked, worker, now)
+            if tracked.first_token_at is None:
+                tracked.first_token_at = now
+            self._out.append(Stream(ready))
+            if ready.finish is not None:
+                self._finish(tracked, ready.finish, now)
+                return
+
+    def _prefilled(self, tracked: Tracked, worker: WorkerId, now: float) -> None:
+        """The first token of this attempt is out."""
+        view = self.views.get(worker)
+        if view is not None:
+            view.prefill_tokens.pop(tracked.request.id, None)
+        if tracked.prefill is None:
+            tracked.enter("decoding")
+            tracked.begin_stage("decode", tracked.decode, now)
+        elif tracked.handed_over:
+            tracked.enter("decoding")
+            tracked.begin_stage("decode queue", tracked.decode, now)
+        else:
+            tracked.enter("transferring")
+            tracked.begin_stage("transfer", tracked.decode, now)
+
+    # -- ends ---------------------------------------------------------------------------------------------------------
+
+    def _leave(self, worker: WorkerId, tracked: Tracked) -> None:
+        if (view := self.views.get(worker)) is not None:
+            view.release(tracked.request.id)
+
+    def _release_all(self, tracked: Tracked, *, cancel: bool) -> None:
+        """Take a request off its workers."""
+        for worker in tracked.workers():
+            if worker in self.views:
+                if cancel:
+                    self._send(worker, Cancel(tracked.request.id, tracked.epoch))
+                self._leave(worker, tracked)
+
+    def _finish(
+        self, tracked: Tracked, reason: FinishReason, now: float, error: str | None = None, code: str | None = None
+    ) -> None:
+        if tracked.phase == "queued":
+            self._queue.remove(tracked)
+        natural = reason in ("stop", "length") and tracked.phase == "decoding" and error is None
+        self._release_all(tracked, cancel=not natural or tracked.prefill is not None)
+        tracked.enter("finished")
+        tracked.ended_at = now
+        self._admission.finished(len(tracked.outputs))
+        request = tracked.request
+        del self.requests[request.id]
+        self.ended = tracked
+        self._out.append(CancelTimer(f"deadline/{request.id}"))
+        num_cached = tracked.num_cached or 0
+        finish = Finish(request.id, reason, request.num_prompt_tokens, len(tracked.outputs), num_cached, error, code)
+        self._out.append(finish)
+
+    def _start_over(self, tracked: Tracked, why: str, now: float) -> None:
+        """Give the request to others, with the tokens it has."""
+        self._release_all(tracked, cancel=True)
+        if tracked.epoch + 1 >= self.config.max_attempts:
+            self._finish(tracked, "error", now, f"given up after {tracked.epoch + 1} attempts: {why}", "worker_lost")
+            return
+        tracked.start_over()
+        tracked.begin_stage("recovery queue", None, now).detail["cause"] = why
+        self._queue.appendleft(tracked)
+
+    def _deadline_passed(self, request_id: RequestId, now: float) -> None:
+        tracked = self.requests.get(request_id)
+        if tracked is not None:
+            limit = tracked.request.deadline_seconds
+            where = f"while {tracked.phase}" if self.views else "with no worker alive"
+            self._finish(tracked, "error", now, f"not finished within {limit:g} s ({where})", "deadline_exceeded")
+
+    def _lose_worker(self, worker: WorkerId, reason: str, now: float) -> None:
+        if self.views.pop(worker, None) is not None:
+            self.links = {pair: link for pair, link in self.links.items() if worker not in pair}
+            for tracked in list(self.requests.values()):
+                if self._needs(tracked, worker):
+                    self._start_over(tracked, f"lost {worker}: {reason}", now)
+        num_losses, last = self._losses.get(worker, (0, now))
+        num_losses = num_losses + 1 if now - last < 60 else 1
+        self._losses[worker] = (num_losses, now)
+        pause = self.config.first_restart_seconds * 2 ** (num_losses - 1)
+        self._out.append(RestartWorker(worker, min(pause, self.config.longest_restart_seconds)))
+
+    @staticmethod
+    def _needs(tracked: Tracked, worker: WorkerId) -> bool:
+        """Whether this attempt cannot go on without the worker."""
+        if tracked.phase == "queued":
+            return False
+        if worker == tracked.decode:
+            return True
+        return worker == tracked.prefill and tracked.phase != "decoding"
