@@ -1,0 +1,117 @@
+"""Loads a located model's weights as torch tensors: canonical Hugging Face names, shapes and row order.
+
+Must never guess: what the headers promised is checked again as it is read. Tensors of safetensors files that need no
+conversion are views of the mapped file, so that the workers of a machine share their memory.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import safetensors
+import torch
+
+from transload.arch import ModelArch
+from transload.errors import CheckpointError
+from transload.model.gguf_arch import renamed
+from transload.model.gguf_file import GgufFile, GgufTensor
+from transload.model.inventory import expected_shapes, is_ignored
+from transload.model.source import ModelFiles
+
+INIT_STD = 0.02
+"""Standard deviation of random weights; the `initializer_range` of every family here."""
+
+
+def load_tensors(files: ModelFiles, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """All weights of a model in `dtype`, on the CPU. Tied embeddings have no `lm_head.weight`.
+
+    Do not write to the tensors: some are views of a mapped file. Raises `CheckpointError` if a file is not what it was
+    when it was located.
+    """
+    match files.kind:
+        case "dummy":
+            tensors = _random(files.arch, dtype)
+        case "safetensors":
+            tensors = _from_safetensors(files, dtype)
+        case "gguf":
+            tensors = _from_gguf(files, dtype)
+    for name, shape in expected_shapes(files.arch).items():
+        if name not in tensors or tuple(tensors[name].shape) != shape:
+            got = list(tensors[name].shape) if name in tensors else "nothing"
+            raise CheckpointError(
+                f"{files.name}: tensor {name!r} is {got}, wanted {list(shape)}: the files changed after they were "
+                "located; start again"
+            )
+    return tensors
+
+
+def _from_safetensors(files: ModelFiles, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in files.paths:
+        try:
+            with safetensors.safe_open(path, framework="pt", device="cpu") as opened:
+                for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                    if not is_ignored(name, files.arch):
+                        tensors[name] = opened.get_tensor(name).to(dtype)
+        except (safetensors.SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: cannot be read ({error}); it is damaged, fetch it again") from error
+    return tensors
+
+
+def _from_gguf(files: ModelFiles, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    (path,) = files.paths
+    file = GgufFile(path)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, stored in renamed(file).items():
+        if not is_ignored(name, files.arch):
+            loaded = _dequantised(file, stored, dtype)
+            tensors[name] = _rows_in_halves(loaded, name, files.arch)
+    return tensors
+
+
+def _dequantised(file: GgufFile, stored: GgufTensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor's elements in `dtype`, by way of float32 in pieces, so that little memory is used on the way."""
+    from transload.model.gguf_quants import dequantised
+
+    loaded = torch.empty(stored.shape, dtype=dtype)
+    flat = loaded.view(-1)
+    position = 0
+    for piece in dequantised(file.array(stored), stored.kind):
+        # An unquantised piece is a view of the read-only file, which torch will not wrap: hence the copy.
+        part = torch.from_numpy(piece if piece.flags.writeable else piece.copy())
+        flat[position : position + part.numel()].copy_(part)
+        position += part.numel()
+    return loaded
+
+
+def _rows_in_halves(tensor: torch.Tensor, name: str, arch: ModelArch) -> torch.Tensor:
+    """Undo llama.cpp's reordering of query and key rows in llama models.
+
+    Its rotary embedding turns neighbours (0, 1), (2, 3), ...; Hugging Face's turns halves (0, d/2), (1, d/2 + 1), ...
+    The converter therefore interleaves the two halves of each head (LlamaModel.permute in convert_hf_to_gguf.py).
+    """
+    if arch.family != "llama":
+        return tensor
+    module = name.rsplit(".", 2)[-2]
+    heads = {"q_proj": arch.num_heads, "k_proj": arch.num_kv_heads}.get(module)
+    if heads is None:
+        return tensor
+    halves = tensor.view(heads, arch.head_dim // 2, 2, *tensor.shape[1:]).transpose(1, 2)
+    return halves.reshape(tensor.shape)
+
+
+def _random(arch: ModelArch, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Seeded weights as a fresh model has them: normal matrices, norms of one, biases of zero. Equal in every process.
+
+    Each tensor has its own seed, made from its name, so that a part of the model can be made alone.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for name, shape in expected_shapes(arch).items():
+        if name.endswith("norm.weight"):
+            tensors[name] = torch.ones(shape, dtype=dtype)
+        elif name.endswith(".bias"):
+            tensors[name] = torch.zeros(shape, dtype=dtype)
+        else:
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            tensors[name] = torch.empty(shape, dtype=dtype).normal_(0.0, INIT_STD, generator=generator)
+    return tensors

@@ -1,0 +1,82 @@
+"""Which tensors a model of an architecture has: canonical Hugging Face names and shapes. No files, no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from transload.arch import ModelArch
+from transload.errors import CheckpointError
+
+Shape = tuple[int, ...]
+DERIVED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
+"""Buffers that old files carry and that are computed anyway."""
+SHOWN = 4
+
+
+def expected_shapes(arch: ModelArch) -> dict[str, Shape]:
+    """Name and shape of every tensor. Tied embeddings have no `lm_head.weight`."""
+    hidden = arch.hidden_size
+    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (arch.vocab_size, hidden)}
+    for layer in range(arch.num_layers):
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in _layer_shapes(arch).items()}
+    shapes["model.norm.weight"] = (hidden,)
+    if not arch.tied_embeddings:
+        shapes["lm_head.weight"] = (arch.vocab_size, hidden)
+    return shapes
+
+
+def check_inventory(arch: ModelArch, found: Mapping[str, Shape], where: str) -> None:
+    """Refuse tensors that are missing, of another shape, or more than the architecture has a use for."""
+    wanted = expected_shapes(arch)
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise CheckpointError(f"{where}: {_some(missing)} missing; the download is incomplete or of another model")
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            raise CheckpointError(
+                f"{where}: tensor {name!r} has shape {list(found[name])}, wanted {list(shape)} by the configuration"
+            )
+    unused = [name for name in found if name not in wanted and not is_ignored(name, arch)]
+    if unused:
+        raise CheckpointError(
+            f"{where}: {_some(unused)} not part of a {arch.family} model; "
+            "leaving out weights would change its text, so it is refused"
+        )
+
+
+def is_ignored(name: str, arch: ModelArch) -> bool:
+    """Tensors that may lie in a file without being used: derived buffers, and the second name of tied embeddings."""
+    return bool(DERIVED.search(name)) or (arch.tied_embeddings and name == "lm_head.weight")
+
+
+def _layer_shapes(arch: ModelArch) -> dict[str, Shape]:
+    hidden, inner = arch.hidden_size, arch.intermediate_size
+    queries, keys = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    shapes: dict[str, Shape] = {
+        "input_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (queries, hidden),
+        "self_attn.k_proj.weight": (keys, hidden),
+        "self_attn.v_proj.weight": (keys, hidden),
+        "self_attn.o_proj.weight": (hidden, queries),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (inner, hidden),
+        "mlp.up_proj.weight": (inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
+    }
+    if arch.qkv_bias:
+        shapes |= {"self_attn.q_proj.bias": (queries,), "self_attn.k_proj.bias": (keys,)}
+        shapes["self_attn.v_proj.bias"] = (keys,)
+    if arch.output_bias:
+        shapes["self_attn.o_proj.bias"] = (hidden,)
+    if arch.mlp_bias:
+        shapes |= {"mlp.gate_proj.bias": (inner,), "mlp.up_proj.bias": (inner,), "mlp.down_proj.bias": (hidden,)}
+    if arch.qk_norm:
+        shapes |= {"self_attn.q_norm.weight": (arch.head_dim,), "self_attn.k_norm.weight": (arch.head_dim,)}
+    return shapes
+
+
+def _some(names: list[str]) -> str:
+    """The first few of `names`, and the verb."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more} {'are' if len(names) > 1 else 'is'}"
