@@ -136,6 +136,9 @@ class BlockPool:
         self._free.extend(blocks)
         return len(blocks)
 
+    def is_quarantined(self, owner: object) -> bool:
+        return owner in self._quarantined
+
     def take_changes(self) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
         """Keys stored and evicted since the last call."""
         if not self._stored and not self._evicted:

@@ -8,7 +8,7 @@ request has, one epoch later. It never waits for anything without a timer.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 
 import msgspec
 
@@ -67,6 +67,8 @@ class ControllerConfig(msgspec.Struct, frozen=True, kw_only=True):
     first_restart_seconds: float = 0.2
     """Pause before a lost worker is started again; doubles with every loss that follows within a minute."""
     longest_restart_seconds: float = 10.0
+    keep_ended: int = 1024
+    """Ended requests whose record is kept."""
 
 
 class Controller:
@@ -77,8 +79,7 @@ class Controller:
         self.requests: dict[RequestId, Tracked] = {}  # admitted and not ended
         self.views: dict[WorkerId, WorkerView] = {}  # alive
         self.links: dict[tuple[WorkerId, WorkerId], LinkRate] = {}
-        self.ended: Tracked | None = None
-        """The request that ended in the event just handled, for the driver's records."""
+        self.ended: OrderedDict[RequestId, Tracked] = OrderedDict()  # the last `keep_ended`, for whoever asks
         self._router = Router(config.policy, config.local_prefill)
         self._admission = Admission(config.max_waiting)
         self._queue: deque[Tracked] = deque()
@@ -212,9 +213,9 @@ class Controller:
                 tracked.begin_stage("preempted", worker, now)
             case HandoffFailed(worker, _, _, reason):
                 tracked.num_failed_handoffs += 1
-                self._start_over(tracked, f"handoff failed at {worker}: {reason}", now)
+                self._start_over(tracked, f"handoff failed at {worker}: {reason}", "handoff_failed", now)
             case RequestFailed(worker, _, _, reason):
-                self._start_over(tracked, f"failed on {worker}: {reason}", now)
+                self._start_over(tracked, f"failed on {worker}: {reason}", "worker_failed", now)
 
     def _started(self, tracked: Tracked, worker: WorkerId, num_cached: int, now: float) -> None:
         if tracked.phase == "prefilling":
@@ -250,7 +251,7 @@ class Controller:
                 tracked.first_token_at = now
             self._out.append(Stream(ready))
             if ready.finish is not None:
-                self._finish(tracked, ready.finish, now)
+                self._finish(tracked, ready.finish, now, ended_by_worker=tracked.phase == "decoding")
                 return
 
     def _prefilled(self, tracked: Tracked, worker: WorkerId, now: float) -> None:
@@ -283,28 +284,38 @@ class Controller:
                 self._leave(worker, tracked)
 
     def _finish(
-        self, tracked: Tracked, reason: FinishReason, now: float, error: str | None = None, code: str | None = None
+        self,
+        tracked: Tracked,
+        reason: FinishReason,
+        now: float,
+        *,
+        error: str | None = None,
+        code: str | None = None,
+        ended_by_worker: bool = False,
     ) -> None:
+        """The one end of a request. `ended_by_worker`: its workers have let go of it already."""
         if tracked.phase == "queued":
             self._queue.remove(tracked)
-        natural = reason in ("stop", "length") and tracked.phase == "decoding" and error is None
-        self._release_all(tracked, cancel=not natural or tracked.prefill is not None)
+        self._release_all(tracked, cancel=not ended_by_worker)
         tracked.enter("finished")
         tracked.ended_at = now
         self._admission.finished(len(tracked.outputs))
         request = tracked.request
         del self.requests[request.id]
-        self.ended = tracked
+        self.ended[request.id] = tracked
+        if len(self.ended) > self.config.keep_ended:
+            self.ended.popitem(last=False)
         self._out.append(CancelTimer(f"deadline/{request.id}"))
         num_cached = tracked.num_cached or 0
         finish = Finish(request.id, reason, request.num_prompt_tokens, len(tracked.outputs), num_cached, error, code)
         self._out.append(finish)
 
-    def _start_over(self, tracked: Tracked, why: str, now: float) -> None:
+    def _start_over(self, tracked: Tracked, why: str, code: str, now: float) -> None:
         """Give the request to others, with the tokens it has."""
         self._release_all(tracked, cancel=True)
         if tracked.epoch + 1 >= self.config.max_attempts:
-            self._finish(tracked, "error", now, f"given up after {tracked.epoch + 1} attempts: {why}", "worker_lost")
+            message = f"given up after {tracked.epoch + 1} attempts: {why}"
+            self._finish(tracked, "error", now, error=message, code=code)
             return
         tracked.start_over()
         tracked.begin_stage("recovery queue", None, now).detail["cause"] = why
@@ -315,14 +326,15 @@ class Controller:
         if tracked is not None:
             limit = tracked.request.deadline_seconds
             where = f"while {tracked.phase}" if self.views else "with no worker alive"
-            self._finish(tracked, "error", now, f"not finished within {limit:g} s ({where})", "deadline_exceeded")
+            message = f"not finished within {limit:g} s ({where})"
+            self._finish(tracked, "error", now, error=message, code="deadline_exceeded")
 
     def _lose_worker(self, worker: WorkerId, reason: str, now: float) -> None:
         if self.views.pop(worker, None) is not None:
             self.links = {pair: link for pair, link in self.links.items() if worker not in pair}
             for tracked in list(self.requests.values()):
                 if self._needs(tracked, worker):
-                    self._start_over(tracked, f"lost {worker}: {reason}", now)
+                    self._start_over(tracked, f"lost {worker}: {reason}", "worker_lost", now)
         num_losses, last = self._losses.get(worker, (0, now))
         num_losses = num_losses + 1 if now - last < 60 else 1
         self._losses[worker] = (num_losses, now)

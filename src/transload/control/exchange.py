@@ -85,7 +85,7 @@ class Exchange:
         self._peers: dict[WorkerId, bool] = {}
         self._sending: dict[TransferId, Work] = {}
         self._receiving: dict[TransferId, Work] = {}
-        self._quarantined: dict[TransferId, WorkerId] = {}
+        self._quarantined: dict[TransferId, tuple[WorkerId, int]] = {}  # who may still write, and the epoch
         self._tombstones: OrderedDict[TransferId, None] = OrderedDict()
         self._timer_set = False
         self.num_late_frames = 0
@@ -164,7 +164,8 @@ class Exchange:
         self._pool.release(work.blocks[:first])
         if may_be_written:
             self._pool.quarantine(work.blocks[first:], receiver.transfer)
-            self._quarantined[receiver.transfer] = receiver.source
+            self._quarantined[receiver.transfer] = receiver.source, receiver.epoch
+            self._keep_leases()
         else:
             self._pool.release(work.blocks[first:])
         work.blocks = []
@@ -237,7 +238,7 @@ class Exchange:
 
     def _take_stray(self, peer: WorkerId, frame: Frame) -> None:
         match frame:
-            case KvAbortAck(transfer) if self._quarantined.get(transfer) == peer:
+            case KvAbortAck(transfer, epoch) if self._quarantined.get(transfer) == (peer, epoch):
                 del self._quarantined[transfer]
                 self._pool.end_quarantine(transfer)
             case KvAbort(transfer, epoch):
@@ -262,7 +263,7 @@ class Exchange:
     def peer_lost(self, peer: WorkerId) -> list[Outcome]:
         """The link is gone and nothing of it writes any more: end its transfers and its quarantines."""
         self._peers.pop(peer, None)
-        for transfer in [transfer for transfer, source in self._quarantined.items() if source == peer]:
+        for transfer in [transfer for transfer, (source, _) in self._quarantined.items() if source == peer]:
             del self._quarantined[transfer]
             self._pool.end_quarantine(transfer)
         outcomes: list[Outcome] = []
@@ -276,7 +277,8 @@ class Exchange:
         return outcomes
 
     def tick(self, now: float) -> list[Outcome]:
-        """A third of a lease has passed: renew what goes on, give up on what has gone silent."""
+        """A third of a lease has passed: renew what goes on, give up on what has gone silent, ask again for
+        acknowledgements that have not come."""
         self._timer_set = False
         outcomes: list[Outcome] = []
         for work in list(self._receiving.values()):
@@ -297,11 +299,13 @@ class Exchange:
                 outcomes.append(Failed(work, f"no sign of life from {sender.target} for {self._lease_seconds:g} s"))
             else:
                 self._send(sender.target, KvRenew(sender.transfer, sender.epoch, self._lease_ms))
+        for transfer, (source, epoch) in self._quarantined.items():
+            self._send(source, KvAbort(transfer, epoch, "still waiting for the acknowledgement"))
         self._keep_leases()
         return outcomes
 
     def _keep_leases(self) -> None:
-        if (self._receiving or self._sending) and not self._timer_set:
+        if (self._receiving or self._sending or self._quarantined) and not self._timer_set:
             self._timer_set = True
             self._out.append(SetTimer(LEASE_TIMER, self._lease_seconds / 3))
 
