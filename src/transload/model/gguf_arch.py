@@ -87,10 +87,10 @@ def read_gguf_arch(file: GgufFile, *, name: str) -> ModelArch:
         norm_eps=_positive(file, f"{family}.attention.layer_norm_rms_epsilon"),
         rope=_rope(file, family, head_dim, max_position),
         tied_embeddings="output.weight" not in file.tensors,
-        qkv_bias="blk.0.attn_q.bias" in file.tensors,
+        qkv_bias=family == "qwen2" or "blk.0.attn_q.bias" in file.tensors,
         output_bias="blk.0.attn_output.bias" in file.tensors,
         mlp_bias="blk.0.ffn_down.bias" in file.tensors,
-        qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
+        qk_norm=family == "qwen3",
         sliding_window=window if 0 < window < max_position else None,
     )
     return checked(arch, where)
