@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 SHAPE: dict[str, Any] = {
@@ -28,14 +28,16 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-def tiny_model(name: str) -> PreTrainedModel:
+def tiny_model(name: str) -> Any:
+    """A `PreTrainedModel`, whose own annotations are too narrow for what it does."""
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[name]())
+    make: Any = AutoModelForCausalLM.from_config
+    model = make(CONFIGS[name]())
     for parameter in model.parameters():  # norms of one and biases of zero would hide a mix-up
         parameter.data.normal_()
     return model
 
 
-def saved(model: PreTrainedModel, folder: Path, **how: Any) -> Path:
+def saved(model: Any, folder: Path, **how: Any) -> Path:
     model.save_pretrained(folder, **how)
     return folder
