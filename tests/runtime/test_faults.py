@@ -10,7 +10,7 @@ import pytest
 
 from tests.world import World
 from transload.control.controller import ControllerConfig
-from transload.control.messages import Frame, KvData, KvReady, WorkerId
+from transload.control.messages import Frame, KvData, KvDone, KvReady, WorkerId
 
 SCHEDULES = 400
 
@@ -104,7 +104,8 @@ def test_a_lost_ready_frees_the_sender_when_its_lease_ends() -> None:
 
 def test_data_of_an_older_epoch_is_dropped() -> None:
     def age(source: WorkerId, target: WorkerId, frame: Frame) -> list[tuple[float, Frame, int]]:
-        return [(0.0, msgspec.structs.replace(frame, epoch=frame.epoch - 1), 0)]
+        aged = msgspec.structs.replace(frame, epoch=frame.epoch - 1)
+        return [(0.0, aged if isinstance(frame, KvData | KvDone) else frame, 0)]
 
     world = World("p0 d0", frame_fault=age)
     world.ask(1.0, list(range(30)), 5)

@@ -317,7 +317,7 @@ class Engine:
         if tokens:
             self._report(Emitted(self.config.worker, tuple(tokens)))
         num_tokens = sum(chunk.num_tokens for _, chunk in chunks)
-        self._report_load(done.seconds, num_tokens - num_decode, num_decode)
+        self._report_load(done.seconds, len(chunks), num_tokens - num_decode, num_decode)
 
     def _take_token(self, work: Work, token: int, logprobs: TokenLogprobs | None) -> Token:
         index = work.num_outputs
@@ -433,11 +433,12 @@ class Engine:
             self._cache_sequence += 1
             self._report(CacheChanged(self.config.worker, self._cache_sequence, stored, evicted))
         if not self._chunks:
-            self._report_load(0.0, 0, 0)
+            self._report_load(0.0, 0, 0, 0)
 
-    def _report_load(self, step_seconds: float, num_prefill: int, num_decode: int) -> None:
+    def _report_load(self, step_seconds: float, num_requests: int, num_prefill: int, num_decode: int) -> None:
         """After a step, and when something changed while idle."""
         pool = self.pool
+        holds_nothing = not (self._works or self._chunks or self.exchange.num_open)
         load = Load(
             worker=self.config.worker,
             num_running=len(self._running),
@@ -448,14 +449,16 @@ class Engine:
             blocks_cached=pool.num_cached,
             blocks_quarantined=pool.num_quarantined,
             blocks_total=pool.num_blocks,
+            blocks_leaked=pool.num_referenced if holds_nothing else 0,
             step_seconds=step_seconds,
+            step_requests=num_requests,
             step_prefill_tokens=num_prefill,
             step_decode_tokens=num_decode,
         )
         if step_seconds or self._last_load is None or load != self._last_load:
             self._report(load)
             self._last_load = msgspec.structs.replace(
-                load, step_seconds=0.0, step_prefill_tokens=0, step_decode_tokens=0
+                load, step_seconds=0.0, step_requests=0, step_prefill_tokens=0, step_decode_tokens=0
             )
 
     def check(self) -> None:

@@ -197,6 +197,9 @@ class Exchange:
         return []
 
     def _take_as_sender(self, work: Work, sender: KvSender, frame: Frame, now: float) -> list[Outcome]:
+        if frame.epoch != sender.epoch:
+            self.num_late_frames += 1
+            return []
         sender.lease.renew(now)
         match frame:
             case KvReady() if work.phase == "sent":

@@ -466,7 +466,9 @@ class Load(Message, frozen=True):
     blocks_cached: int
     blocks_quarantined: int
     blocks_total: int
+    blocks_leaked: int  # referenced although nothing is held here: must be 0
     step_seconds: float  # of the last step
+    step_requests: int
     step_prefill_tokens: int
     step_decode_tokens: int
 
