@@ -94,7 +94,6 @@ class Engine:
         self._step = 0
         self._chunks: tuple[tuple[Work, Chunk], ...] = ()  # of the step under way
         self._sources: dict[RequestId, WorkerId] = {}  # of waiting reservations
-        self._prefills: dict[RequestId, Prefill] = {}  # of waiting prefills
         self._cache_sequence = 0
         self._last_load: Load | None = None
 
@@ -113,8 +112,8 @@ class Engine:
                 self._sources[request.id] = source
                 self._enqueue(Work(request, epoch, outputs, "receive", self._next_arrival()))
             case Prefill(request, epoch, _, _, outputs):
-                self._prefills[request.id] = event
-                self._enqueue(Work(request, epoch, outputs, "send", self._next_arrival()))
+                work = Work(request, epoch, outputs, "send", self._next_arrival())
+                self._enqueue(work, self.exchange.open_send(work, event.target, event.grant, now))
             case Cancel(request_id, epoch):
                 self._cancel(request_id, epoch)
             case SendsDrained(transfer):
@@ -140,15 +139,16 @@ class Engine:
         self._num_arrivals += 1
         return self._num_arrivals
 
-    def _enqueue(self, work: Work) -> None:
+    def _enqueue(self, work: Work, problem: str | None = None) -> None:
         stale = self._works.get(work.request.id)
         if stale is not None:
             self._drop(stale, "replaced by a newer attempt")
         self._works[work.request.id] = work
         most_tokens = work.num_known + (0 if work.kind == "send" else work.request.max_tokens - work.num_outputs - 1)
         if self.pool.blocks_for(most_tokens) > self.pool.num_blocks:
-            reason = f"needs {most_tokens} tokens of KV cache, {self.config.worker} holds {self._capacity_tokens}"
-            self._fail(work, reason)
+            problem = f"needs {most_tokens} tokens of KV cache, {self.config.worker} holds {self._capacity_tokens}"
+        if problem is not None:
+            self._fail(work, problem)
         else:
             self._waiting.append(work)
 
@@ -173,12 +173,10 @@ class Engine:
                 return
             self._waiting.popleft()
             match work.kind:
-                case "run":
+                case "run" | "send":
                     self._begin(work)
                 case "receive":
                     self._open_receive(work, now)
-                case "send":
-                    self._open_send(work, now)
 
     @property
     def _num_resident(self) -> int:
@@ -215,14 +213,6 @@ class Engine:
         work.phase = "receiving"
         grant = self.exchange.open_receive(work, source, work.num_registered, now)
         self._report(Reserved(self.config.worker, request_id, work.epoch, grant, work.num_cached))
-
-    def _open_send(self, work: Work, now: float) -> None:
-        assignment = self._prefills.pop(work.request.id)
-        problem = self.exchange.open_send(work, assignment.target, assignment.grant, now)
-        if problem is None:
-            self._begin(work)
-        else:
-            self._fail(work, problem)
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -420,7 +410,6 @@ class Engine:
         if work.phase == "waiting" and work in self._waiting:
             self._waiting.remove(work)
         self._sources.pop(request_id, None)
-        self._prefills.pop(request_id, None)
 
     # -- reports ------------------------------------------------------------------------------------------------------
 

@@ -106,7 +106,8 @@ class Exchange:
         return grant
 
     def open_send(self, work: Work, target: WorkerId, grant: Grant, now: float) -> str | None:
-        """Take on the sender's half. Returns why not, or None."""
+        """Take on the sender's half, so that the receiver hears of us while the prompt waits. Returns why not, or
+        None."""
         if grant.transfer in self._tombstones:
             return "the receiver has withdrawn the transfer"
         if target not in self._peers:
@@ -300,7 +301,7 @@ class Exchange:
                 continue
             if sender.lease.expired(now):
                 outcomes.append(Failed(work, f"no sign of life from {sender.target} for {self._lease_seconds:g} s"))
-            else:
+            elif work.phase != "sent":  # then it is for the receiver to say that it still wants it
                 self._send(sender.target, KvRenew(sender.transfer, sender.epoch, self._lease_ms))
         for transfer, (source, epoch) in self._quarantined.items():
             self._send(source, KvAbort(transfer, epoch, "still waiting for the acknowledgement"))

@@ -13,8 +13,8 @@
                                      <-------   KvAbort: it gives up, and puts its blocks aside
     has no write under way: KvAbortAck ----->   the blocks are free again
 
-KvRenew goes both ways every third of a lease. Who hears nothing for a lease gives up. A sender that gives up tells
-the controller, which cancels the receiver.
+KvRenew goes both ways every third of a lease, from the sender until its KvDone. Who hears nothing for a lease gives up.
+A sender that gives up tells the controller, which cancels the receiver.
 
 A receiver runs nothing before `verified`: a frame lost, repeated, reordered or changed can only lead to the same text
 or to a failed transfer.
