@@ -1,0 +1,135 @@
+"""From the chunks of a step to tensors: which rows the model computes, at which positions, over which keys.
+
+Owns the order of rows: single tokens first, longest context first, so that attention batches neighbours; then runs of
+several tokens. Computes nothing of the model, and reads a chunk's lists without keeping them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from transload.arch import ModelArch
+from transload.control.messages import Chunk
+from transload.model.attention import AttentionPlan, Heads, Span
+from transload.model.kv_cache import KvCache
+from transload.model.rope import RotaryEmbedding, Rotation
+
+
+class Batch:
+    """One micro-batch of a step: T rows through all layers."""
+
+    __slots__ = ("cache", "key_rows", "micro_batch", "plans", "rotation", "sampled", "step", "token_ids", "value_rows")
+
+    def __init__(
+        self,
+        *,
+        step: int,
+        micro_batch: int,
+        token_ids: torch.Tensor,
+        rotation: Rotation,
+        cache: KvCache,
+        key_rows: torch.Tensor,
+        value_rows: torch.Tensor,
+        plans: tuple[AttentionPlan, ...],
+        sampled: torch.Tensor | None,
+    ) -> None:
+        self.step = step
+        self.micro_batch = micro_batch
+        self.token_ids = token_ids  # int64 [T]
+        self.rotation = rotation
+        self.cache = cache
+        self.key_rows = key_rows  # int64 [T * kv_heads]: where in the cache this step's keys go, in any layer
+        self.value_rows = value_rows
+        self.plans = plans  # one per layer; layers with the same window share one
+        self.sampled = sampled  # int64: rows after which a token is drawn, in the order of the chunks; None: no row
+
+
+class BatchBuilder:
+    """Builds batches for one model over one cache."""
+
+    def __init__(
+        self, arch: ModelArch, cache: KvCache, rotary: RotaryEmbedding, *, deterministic: bool, device: torch.device
+    ) -> None:
+        self._cache = cache
+        self._rotary = rotary
+        self._deterministic = deterministic
+        self._device = device
+        self._heads = Heads(arch.num_heads, arch.num_kv_heads, arch.head_dim)
+        self._windows = layer_windows(arch)
+
+    def build(self, chunks: Sequence[Chunk], *, step: int, micro_batch: int = 0) -> Batch:
+        """Lay the chunks out as rows and open their new blocks in the cache. At least one chunk."""
+        order = sorted(range(len(chunks)), key=lambda place: (chunks[place].num_tokens > 1, -chunks[place].start))
+        spans: list[Span] = []
+        last_rows = [0] * len(chunks)
+        tokens: list[int] = []
+        num_rows = 0
+        for place in order:
+            chunk = chunks[place]
+            end = chunk.start + chunk.num_tokens
+            num_blocks = (end - 1) // self._cache.layout.block_size + 1
+            spans.append(Span(num_rows, chunk.start, chunk.num_tokens, _as_array(chunk.blocks[:num_blocks])))
+            self._clear_block_end(spans[-1])
+            tokens += chunk.tokens[chunk.start : end]
+            num_rows += chunk.num_tokens
+            last_rows[place] = num_rows - 1
+        assert len(tokens) == num_rows, "a chunk's tokens are all known"
+        sampled = [last_rows[place] for place, chunk in enumerate(chunks) if chunk.samples]
+        key_rows, value_rows = self._cache_rows(spans)
+        return Batch(
+            step=step,
+            micro_batch=micro_batch,
+            token_ids=self._to_device(tokens),
+            rotation=self._rotation(spans, [chunks[place].request.num_prompt_tokens for place in order]),
+            cache=self._cache,
+            key_rows=torch.from_numpy(key_rows).to(self._device),
+            value_rows=torch.from_numpy(value_rows).to(self._device),
+            plans=self._plans(spans),
+            sampled=self._to_device(sampled) if sampled else None,
+        )
+
+    def _to_device(self, numbers: list[int]) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.int64).to(self._device)
+
+    def _clear_block_end(self, span: Span) -> None:
+        """Zero what the last block held before, if this span is the first to write into it: see `kv_cache`."""
+        size = self._cache.layout.block_size
+        used = span.end % size
+        if used and span.end - used >= span.start:
+            self._cache.clear_from(int(span.blocks[-1]), used)
+
+    def _cache_rows(self, spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
+        size = self._cache.layout.block_size
+        positions = _positions(spans)
+        blocks = np.concatenate([span.blocks[np.arange(span.start, span.end) // size] for span in spans])
+        return self._cache.row_numbers(blocks, positions % size)
+
+    def _rotation(self, spans: Sequence[Span], num_prompt_tokens: Sequence[int]) -> Rotation:
+        per_row = np.repeat(np.array(num_prompt_tokens, dtype=np.int64), [span.num_rows for span in spans])
+        return self._rotary.at(torch.from_numpy(_positions(spans)), torch.from_numpy(per_row))
+
+    def _plans(self, spans: Sequence[Span]) -> tuple[AttentionPlan, ...]:
+        by_window = {
+            window: AttentionPlan(spans, self._heads, self._cache, window, deterministic=self._deterministic)
+            for window in dict.fromkeys(self._windows)
+        }
+        return tuple(by_window[window] for window in self._windows)
+
+
+def layer_windows(arch: ModelArch) -> tuple[int | None, ...]:
+    """How many positions, its own included, a query of each layer sees; None: all before it."""
+    if arch.sliding_window is None:
+        return (None,) * arch.num_layers
+    slides = arch.sliding_layers if arch.sliding_layers is not None else (True,) * arch.num_layers
+    return tuple(arch.sliding_window if slide else None for slide in slides)
+
+
+def _as_array(blocks: Sequence[int]) -> np.ndarray:
+    return np.array(blocks, dtype=np.int64)
+
+
+def _positions(spans: Sequence[Span]) -> np.ndarray:
+    return np.concatenate([np.arange(span.start, span.end, dtype=np.int64) for span in spans])

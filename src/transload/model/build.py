@@ -1,0 +1,103 @@
+"""From named tensors to a model: fuses projections, packs weights, frees the originals.
+
+Never reads or checks a file: `checkpoint.load_tensors` has shown that every tensor is there. Attention layers and
+feed-forwards are built by separate functions, so that a worker can hold one side only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+
+import torch
+
+from transload.arch import ModelArch
+from transload.model.linear import Linear, TileProof
+from transload.model.llama import AttentionLayer, AttentionSide, FeedForward, LlamaModel, RmsNorm
+
+Tensors = MutableMapping[str, torch.Tensor]
+
+
+def build_model(
+    arch: ModelArch, tensors: Tensors, dtype: torch.dtype, deterministic: bool, device: torch.device
+) -> LlamaModel:
+    """The whole model on `device`, in `dtype`.
+
+    Takes each tensor out of `tensors` as it is used, so the peak is the model plus one layer. Raises `MachineError` if
+    deterministic mode cannot be kept on this machine.
+    """
+    with torch.inference_mode():
+        weights = WeightSource(arch, tensors, dtype, device, TileProof() if deterministic else None)
+        feed_forwards = [build_feed_forward(weights, layer) for layer in range(arch.num_layers)]
+        attention = build_attention_side(weights)
+    assert not tensors, sorted(tensors)
+    return LlamaModel(arch, dtype, attention, feed_forwards, deterministic=deterministic, device=device)
+
+
+class WeightSource:
+    """Hands out the tensors by name, checked, in the model's dtype and on its device."""
+
+    def __init__(
+        self, arch: ModelArch, tensors: Tensors, dtype: torch.dtype, device: torch.device, proof: TileProof | None
+    ) -> None:
+        self.arch = arch
+        self.proof = proof
+        self._tensors = tensors
+        self._dtype = dtype
+        self._device = device
+
+    def take(self, name: str, *shape: int) -> torch.Tensor:
+        tensor = self._tensors.pop(name)
+        assert tuple(tensor.shape) == shape, (name, tuple(tensor.shape), shape)
+        return tensor.to(device=self._device, dtype=self._dtype)
+
+    def norm(self, name: str, size: int) -> RmsNorm:
+        return RmsNorm(self.take(name, size), self.arch.norm_eps)
+
+    def fused(self, prefix: str, outputs: dict[str, int], inputs: int, *, biased: bool) -> Linear:
+        """The projections `prefix.<name>`, stacked in the order given."""
+        weight = [self.take(f"{prefix}.{name}.weight", size, inputs) for name, size in outputs.items()]
+        bias = [self.take(f"{prefix}.{name}.bias", size) for name, size in outputs.items()] if biased else []
+        stacked = torch.cat(weight) if len(weight) > 1 else weight[0].contiguous()
+        return Linear(stacked, torch.cat(bias) if bias else None, self.proof)
+
+    def head(self, embedding: torch.Tensor) -> Linear:
+        if self.arch.tied_embeddings:
+            return Linear(embedding, None, self.proof)
+        return Linear(self.take("lm_head.weight", *embedding.shape).contiguous(), None, self.proof)
+
+
+def build_attention_side(weights: WeightSource) -> AttentionSide:
+    """Embedding, attention layers, final norm and head."""
+    arch = weights.arch
+    embedding = weights.take("model.embed_tokens.weight", arch.vocab_size, arch.hidden_size).contiguous()
+    layers = [build_attention_layer(weights, layer) for layer in range(arch.num_layers)]
+    final_norm = weights.norm("model.norm.weight", arch.hidden_size)
+    return AttentionSide(embedding, layers, final_norm, weights.head(embedding))
+
+
+def build_attention_layer(weights: WeightSource, layer: int) -> AttentionLayer:
+    arch, prefix = weights.arch, f"model.layers.{layer}"
+    kv_size = arch.num_kv_heads * arch.head_dim
+    query_size = arch.num_heads * arch.head_dim
+    projections = {"q_proj": query_size, "k_proj": kv_size, "v_proj": kv_size}
+    attention = f"{prefix}.self_attn"
+    return AttentionLayer(
+        arch,
+        input_norm=weights.norm(f"{prefix}.input_layernorm.weight", arch.hidden_size),
+        qkv=weights.fused(attention, projections, arch.hidden_size, biased=arch.qkv_bias),
+        query_norm=weights.norm(f"{attention}.q_norm.weight", arch.head_dim) if arch.qk_norm else None,
+        key_norm=weights.norm(f"{attention}.k_norm.weight", arch.head_dim) if arch.qk_norm else None,
+        output=weights.fused(attention, {"o_proj": arch.hidden_size}, query_size, biased=arch.output_bias),
+        ffn_norm=weights.norm(f"{prefix}.post_attention_layernorm.weight", arch.hidden_size),
+    )
+
+
+def build_feed_forward(weights: WeightSource, layer: int) -> FeedForward:
+    arch, prefix = weights.arch, f"model.layers.{layer}.mlp"
+    both = {"gate_proj": arch.intermediate_size, "up_proj": arch.intermediate_size}
+    return FeedForward(
+        weights.fused(prefix, both, arch.hidden_size, biased=arch.mlp_bias),
+        weights.fused(prefix, {"down_proj": arch.hidden_size}, arch.intermediate_size, biased=arch.mlp_bias),
+        arch.intermediate_size,
+        deterministic=weights.proof is not None,
+    )

@@ -1,0 +1,120 @@
+"""`TorchExecutor`: a `RunStep` in, tokens out. The one place where the engine's wishes meet torch.
+
+Owns the model, the cache and the order of one step: rows, layers, logits, tokens. Never decides what runs or who gets
+which block, and keeps nothing of a request between steps but the sampler's counts, which it can rebuild.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from time import perf_counter
+
+import torch
+
+from transload.control.messages import RunStep, Sampled, StepDone
+from transload.model.batch import Batch, BatchBuilder
+from transload.model.kv_cache import KvCache
+from transload.model.llama import LlamaModel
+from transload.model.rope import RotaryEmbedding
+from transload.model.sampler import Sampler
+from transload.transfer.layout import KvLayout
+
+DEFAULT_LAYERS_PER_FRAME = 4
+
+
+class TorchExecutor:
+    """Computes steps with a model that is wholly here. Lives on one thread."""
+
+    def __init__(
+        self,
+        model: LlamaModel,
+        layout: KvLayout,
+        num_blocks: int,
+        *,
+        buffer: memoryview | mmap.mmap | bytearray | None = None,
+        threads: int = 1,
+        layers_per_frame: int = DEFAULT_LAYERS_PER_FRAME,
+    ) -> None:
+        """`buffer` is the memory for the cache, zeroed, at least num_blocks * layout.block_bytes long; None: its own.
+
+        `threads` becomes torch's number of threads for this process. `layers_per_frame` is how often a step that
+        streams reports layers.
+        """
+        arch = model.arch
+        assert (layout.num_layers, layout.num_kv_heads, layout.head_dim) == (
+            arch.num_layers,
+            arch.num_kv_heads,
+            arch.head_dim,
+        ), "the layout is this model's"
+        torch.set_num_threads(threads)
+        self._model = model
+        self._layers_per_frame = layers_per_frame
+        self._cache = KvCache(layout, num_blocks, buffer, model.device)
+        assert self._cache.tensor.dtype == model.dtype, "the cache holds what the model computes"
+        self._batches = BatchBuilder(
+            arch,
+            self._cache,
+            RotaryEmbedding(arch, model.dtype, model.device),
+            deterministic=model.deterministic,
+            device=model.device,
+        )
+        self._sampler = Sampler()
+
+    @property
+    def layout(self) -> KvLayout:
+        return self._cache.layout
+
+    @property
+    def num_blocks(self) -> int:
+        return self._cache.num_blocks
+
+    @property
+    def cache(self) -> KvCache:
+        """The cache that the steps write; a transport reads it between `layers_ready` and the end of a handoff."""
+        return self._cache
+
+    @torch.inference_mode()
+    def run_step(self, step: RunStep, layers_ready: Callable[[int, int], None]) -> StepDone:
+        """Compute the step; see `runtime.base.Executor`.
+
+        What torch raises (out of memory, an index outside the vocabulary) passes through, as does the sampler's
+        `ArithmeticError`; the cache of the step's requests is then undefined, that of others is untouched.
+        """
+        started = perf_counter()
+        if not step.chunks:
+            return StepDone(step=step.step, sampled=(), seconds=perf_counter() - started)
+        batch = self._batches.build(step.chunks, step=step.step)
+        streams = any(chunk.streams for chunk in step.chunks)
+        residual_TE = self._run_layers(batch, layers_ready if streams else None)
+        sampled: tuple[Sampled, ...] = ()
+        if batch.sampled is not None:
+            logits_RV = self._model.attention.logits(residual_TE.index_select(0, batch.sampled))
+            sampled = self._sampler.sample(logits_RV, [chunk for chunk in step.chunks if chunk.samples])
+        else:
+            self._wait_for_device()
+        return StepDone(step=step.step, sampled=sampled, seconds=perf_counter() - started)
+
+    def _run_layers(self, batch: Batch, layers_ready: Callable[[int, int], None] | None) -> torch.Tensor:
+        """Answer each feed-forward call on the spot; the residual [T, E] after the last layer."""
+        calls = self._model.attention.run(batch)
+        feed_forwards = self._model.feed_forwards
+        num_layers, reported = len(feed_forwards), 0
+        call = next(calls)
+        while True:
+            if layers_ready is not None:
+                written = call.layer + 1
+                if written - reported == self._layers_per_frame or written == num_layers:
+                    self._wait_for_device()
+                    layers_ready(reported, written)
+                    reported = written
+            try:
+                call = calls.send(feed_forwards[call.layer](call.hidden))
+            except StopIteration as finished:
+                residual_TE: torch.Tensor = finished.value
+                return residual_TE
+
+    def _wait_for_device(self) -> None:
+        """Until all queued work is done: a transport may then read the cache, and time is measured honestly."""
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize(self._model.device)

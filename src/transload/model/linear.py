@@ -1,0 +1,163 @@
+"""Linear layers: weights packed once where torch can, and a deterministic form whose rows never depend on the batch.
+
+Owns every use of oneDNN's private packing operators, so that nothing else in the project knows they exist. A layer
+built here always works: packing that is missing or computes something else falls back to `functional.linear`.
+
+Why tiles: a CPU matrix multiplication picks its kernel, and with it the order of its additions, by the number of rows,
+so a row's last bit depends on who shares its batch. Deterministic layers compute rows only in tiles whose sizes were
+shown, when the layer was built, to give each row the bits that a tile of four gives it. Short tiles are padded with
+zero rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional
+
+from transload.errors import MachineError
+
+REFERENCE_TILE = 4
+_LARGER_TILES = (8, 16, 32, 64, 128, 256)
+_PROBE_ROWS = 256
+_ROWS_HINT = 1  # the packing is laid out for decode; larger batches lose nothing measurable by it
+_PACKED_DTYPES = (torch.float32, torch.bfloat16)
+
+RowsKernel = Callable[[torch.Tensor], torch.Tensor]
+"""Rows [T, in] to rows [T, out], T >= 1."""
+
+
+class TileProof:
+    """Tile sizes shown to be bit-equal, by weight shape, so that layers of one shape are tried once."""
+
+    def __init__(self) -> None:
+        self._by_shape: dict[tuple[int, int, torch.dtype, bool], tuple[int, ...]] = {}
+
+    def tiles(self, kernel: RowsKernel, weight: torch.Tensor, *, biased: bool) -> tuple[int, ...]:
+        """Ascending sizes of tiles that give equal bits through `kernel`, `REFERENCE_TILE` first.
+
+        Raises `MachineError` if not even the reference tile treats its rows alike.
+        """
+        key = (weight.shape[0], weight.shape[1], weight.dtype, biased)
+        if key not in self._by_shape:
+            self._by_shape[key] = _prove_tiles(kernel, weight)
+        return self._by_shape[key]
+
+
+class Linear:
+    """y = x W^T + b over rows. Immutable once built."""
+
+    __slots__ = ("_kernel", "_out_features", "_tiles")
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, proof: TileProof | None) -> None:
+        """`weight` [out, in], `bias` [out]. With a `proof` the layer is deterministic."""
+        self._out_features = weight.shape[0]
+        self._kernel = _packed_kernel(weight, bias) or _plain_kernel(weight, bias)
+        self._tiles = proof.tiles(self._kernel, weight, biased=bias is not None) if proof is not None else ()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows [T, in] to rows [T, out]."""
+        if not self._tiles:
+            return self._kernel(x)
+        return _in_tiles(self._kernel, x, self._tiles, self._out_features)
+
+
+def _plain_kernel(weight: torch.Tensor, bias: torch.Tensor | None) -> RowsKernel:
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, weight, bias)
+
+    return plain
+
+
+def _packed_kernel(weight: torch.Tensor, bias: torch.Tensor | None) -> RowsKernel | None:
+    """A kernel over weights in oneDNN's own blocked layout; None where torch has none or it computes something else.
+
+    It halves a decode step: the plain operator reads the weights at half of the memory's speed when rows are few.
+    """
+    if weight.device.type != "cpu" or weight.dtype not in _PACKED_DTYPES or not _has_onednn():
+        return None
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)
+        multiply = torch.ops.mkldnn._linear_pointwise.default
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return None
+
+    def kernel(x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = multiply(x, packed, bias, "none", [], "")
+        return y
+
+    return kernel if _agrees_with_plain(kernel, weight, bias) else None
+
+
+def _has_onednn() -> bool:
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available
+
+
+def _agrees_with_plain(kernel: RowsKernel, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether both give the same sums up to the rounding of their dtype, for one row and for several."""
+    tolerance = 1e-4 if weight.dtype == torch.float32 else 2e-2
+    for num_rows in (1, 5):
+        x = _probe_rows(num_rows, weight)
+        try:
+            got = kernel(x).float()
+        except (RuntimeError, NotImplementedError):
+            return False
+        want = functional.linear(x, weight, bias).float()
+        scale = want.abs().amax().clamp(min=1e-6)
+        if not bool((got - want).abs().amax() <= tolerance * scale):
+            return False
+    return True
+
+
+def _probe_rows(num_rows: int, weight: torch.Tensor) -> torch.Tensor:
+    """Normally distributed rows, the same each time."""
+    generator = torch.Generator().manual_seed(20_260_101)
+    rows = torch.randn(num_rows, weight.shape[1], generator=generator)
+    return rows.to(device=weight.device, dtype=weight.dtype)
+
+
+def _prove_tiles(kernel: RowsKernel, weight: torch.Tensor) -> tuple[int, ...]:
+    """Try each tile size on the same random rows and keep those that agree in every bit.
+
+    The reference runs on one thread: a worker with another number of threads then proves against the same bits.
+    """
+    x = _probe_rows(_PROBE_ROWS, weight)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        want = _fixed_tiles(kernel, x, REFERENCE_TILE)
+    finally:
+        torch.set_num_threads(num_threads)
+    # Rolled by one, each row sits at another place in its tile, beside other rows.
+    if not torch.equal(_fixed_tiles(kernel, x.roll(1, 0), REFERENCE_TILE), want.roll(1, 0)):
+        raise MachineError(
+            f"deterministic mode: a {tuple(weight.shape)} {weight.dtype} layer on {weight.device} gives a row other "
+            f"bits at another place in a tile of {REFERENCE_TILE} rows, so equal text cannot be promised here; "
+            "use another dtype or device, or turn deterministic mode off"
+        )
+    larger = (tile for tile in _LARGER_TILES if torch.equal(_fixed_tiles(kernel, x, tile), want))
+    return (REFERENCE_TILE, *larger)
+
+
+def _fixed_tiles(kernel: RowsKernel, x: torch.Tensor, tile: int) -> torch.Tensor:
+    return torch.cat([kernel(rows.contiguous()) for rows in torch.split(x, tile)])
+
+
+def _in_tiles(kernel: RowsKernel, x: torch.Tensor, tiles: tuple[int, ...], out_features: int) -> torch.Tensor:
+    """Cover the rows with proven tiles: the largest while it fits, then the smallest that holds the rest."""
+    num_rows, in_features = x.shape
+    if num_rows in tiles:
+        return kernel(x.contiguous())
+    y = x.new_empty(num_rows, out_features)
+    start = 0
+    while start < num_rows:
+        left = num_rows - start
+        tile = next((size for size in tiles if size >= left), tiles[-1])
+        taken = min(tile, left)
+        rows = x.new_zeros(tile, in_features)
+        rows[:taken] = x[start : start + taken]
+        y[start : start + taken] = kernel(rows)[:taken]
+        start += taken
+    return y
