@@ -20,7 +20,7 @@ from starlette.responses import Response
 from transload.deploy.spec import Server
 from transload.errors import RequestError
 from transload.runtime.base import Backend
-from transload.server.bodies import CallerGone, Receive, Scope, Send
+from transload.server.bodies import BodyLimits, CallerGone, Receive, Scope, Send
 from transload.server.call import send_json
 from transload.server.faults import error_body, error_headers, internal_error
 from transload.server.generation import Generation
@@ -38,16 +38,24 @@ _OPEN_PATHS = ("/health", "/ready")
 class App:
     """The ASGI app. `metrics` may be fed by the runtime too."""
 
-    def __init__(self, backend: Backend, tokenizer: Tokenizer, server: Server, seed: int, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        server: Server,
+        seed: int,
+        metrics: Metrics,
+        bodies: BodyLimits,
+    ) -> None:
         self.metrics = metrics
         self._keys = tuple(key.encode() for key in server.api_keys)
         self._prompts = Prompts(backend.model, tokenizer)
-        self._generation = Generation(backend, tokenizer, self._prompts, server, seed, metrics)
+        self._generation = Generation(backend, tokenizer, self._prompts, server, bodies, seed, metrics)
         self._hot = {
             "/v1/chat/completions": self._generation.chat,
             "/v1/completions": self._generation.completion,
         }
-        routes = Routes(backend, tokenizer, self._prompts, server, metrics, self._generation.ledger)
+        routes = Routes(backend, tokenizer, self._prompts, bodies, metrics, self._generation.ledger)
         self._starlette = Starlette(
             routes=routes.routes(),
             exception_handlers={RequestError: _refusal, HTTPException: _refusal},
@@ -77,7 +85,8 @@ class App:
             elif scope["method"] == "POST":
                 await hot(scope, receive, send, request_id)
             else:
-                raise RequestError(f"{path} takes POST, not {scope['method']}", status=405, code="method_not_allowed")
+                wrong = RequestError(f"{path} takes POST, not {scope['method']}", status=405, code="method_not_allowed")
+                await send_json(send, 405, error_body(wrong), request_id, [(b"allow", b"POST")])
         except RequestError as error:
             await send_json(send, error.status, error_body(error), request_id, error_headers(error))
         except CallerGone:
@@ -111,10 +120,17 @@ class App:
 
 
 def create_app(
-    backend: Backend, tokenizer: Tokenizer, server: Server, seed: int, *, metrics: Metrics | None = None
+    backend: Backend,
+    tokenizer: Tokenizer,
+    server: Server,
+    seed: int,
+    *,
+    metrics: Metrics | None = None,
+    bodies: BodyLimits | None = None,
 ) -> App:
     """The OpenAI-compatible front end of `backend`. `seed` seeds the calls that bring no seed of their own."""
-    return App(backend, tokenizer, server, seed, metrics or Metrics())
+    limits = bodies or BodyLimits(max_bytes=server.max_body_bytes)
+    return App(backend, tokenizer, server, seed, metrics or Metrics(), limits)
 
 
 def _request_id(scope: Scope) -> str:

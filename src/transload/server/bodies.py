@@ -21,8 +21,13 @@ AsgiMessage = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[AsgiMessage]]
 Send = Callable[[AsgiMessage], Awaitable[None]]
 
-BODY_SECONDS = 30.0
-"""How long a caller may take to send a body."""
+
+class BodyLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """What a caller may send, and how long that may take."""
+
+    max_bytes: int
+    seconds: float = 30.0
+
 
 T = TypeVar("T", bound=Body)
 
@@ -38,16 +43,17 @@ class CallerGone(Exception):
     """The caller closed the connection before the body was complete: there is no one to answer."""
 
 
-async def read_body(scope: Scope, receive: Receive, max_bytes: int, seconds: float = BODY_SECONDS) -> bytes:
+async def read_body(scope: Scope, receive: Receive, limits: BodyLimits) -> bytes:
     """The whole body of a call. Refuses what is too large before reading it, and what comes too slowly.
 
     Raises `RequestError` (413, 408) or `CallerGone`.
     """
+    max_bytes = limits.max_bytes
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit() and int(value) > max_bytes:
             _refuse_size(max_bytes)
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(limits.seconds):
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise CallerGone
@@ -57,7 +63,7 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int, seconds: flo
             return await _read_rest(body, receive, max_bytes)
     except TimeoutError:
         raise RequestError(
-            f"the body did not arrive within {seconds:g} seconds; send it faster or send less",
+            f"the body did not arrive within {limits.seconds:g} seconds; send it faster or send less",
             status=408,
             code="body_timeout",
         ) from None

@@ -53,6 +53,7 @@ class GuardedConnection(H11Protocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
         self._num_waiting_bytes = 0  # came in while no call was under way: a head, or a body nobody wants
+        self._num_early_bytes = 0  # came in during a call, behind its body
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -68,6 +69,7 @@ class GuardedConnection(H11Protocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self._disarm_head()
             self._num_waiting_bytes = 0
+            self._keep_listening(len(data))
             return
         if self._num_waiting_bytes == 0:  # from "may be idle" to "has begun and must go on"
             self._disarm_head()
@@ -76,7 +78,15 @@ class GuardedConnection(H11Protocol):
         if self._num_waiting_bytes > self.limits.discarded_bytes:
             self._cut_off()
 
+    def _keep_listening(self, num_bytes: int) -> None:
+        """uvicorn stops reading at a pipelined request, and with that it stops seeing the peer leave."""
+        if self.flow.read_paused and not self.cycle.more_body:
+            self._num_early_bytes += num_bytes
+            if self._num_early_bytes <= self.limits.head_bytes:
+                self.flow.resume_reading()
+
     def on_response_complete(self) -> None:
+        self._num_early_bytes = 0
         super().on_response_complete()
         if self.transport.is_closing() and self.transport.get_write_buffer_size():
             self._arm_stall()  # closing waits for the peer to read the rest

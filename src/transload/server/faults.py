@@ -10,13 +10,7 @@ from transload.errors import OverCapacity, RequestError
 
 INTERNAL = "internal_error"
 _TYPES = {401: "invalid_request_error", 403: "permission_error", 429: "rate_limit_error"}
-_STATUS_OF_CODE = {
-    "deadline_exceeded": 504,
-    "timeout": 504,
-    "worker_lost": 503,
-    "no_workers": 503,
-    "shutting_down": 503,
-}
+_STATUS_OF_CODE = {"deadline_exceeded": 504, "worker_lost": 503, "handoff_failed": 503, "shutting_down": 503}
 
 
 def internal_error(request_id: str) -> RequestError:

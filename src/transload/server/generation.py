@@ -13,7 +13,7 @@ from transload.control.messages import Request, RequestId
 from transload.deploy.spec import Server
 from transload.errors import RequestError
 from transload.runtime.base import Backend
-from transload.server.bodies import Receive, Scope, Send, parse_body, read_body
+from transload.server.bodies import BodyLimits, Receive, Scope, Send, parse_body, read_body
 from transload.server.call import Call
 from transload.server.choice import Choice
 from transload.server.metrics import Metrics
@@ -55,12 +55,20 @@ class Generation:
     """Answers `/v1/chat/completions` and `/v1/completions`."""
 
     def __init__(
-        self, backend: Backend, tokenizer: Tokenizer, prompts: Prompts, server: Server, seed: int, metrics: Metrics
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        prompts: Prompts,
+        server: Server,
+        bodies: BodyLimits,
+        seed: int,
+        metrics: Metrics,
     ) -> None:
         self._backend = backend
         self._tokenizer = tokenizer
         self._prompts = prompts
         self._server = server
+        self._bodies = bodies
         self._seed = seed
         self._metrics = metrics
         self._num_calls = 0
@@ -102,7 +110,7 @@ class Generation:
         arrived = time.monotonic()
         route = scope["path"]
         try:
-            body = parse_body(await read_body(scope, receive, self._server.max_body_bytes), kind)
+            body = parse_body(await read_body(scope, receive, self._bodies), kind)
             check_model(self._backend, body.model)
             parameters = check_parameters(body, self._prompts.vocab_size, self._eos_ids)
             prompts = await make_prompts(body, parameters)

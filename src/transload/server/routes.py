@@ -10,10 +10,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from transload.deploy.spec import Server
 from transload.errors import RequestError
 from transload.runtime.base import Backend
-from transload.server.bodies import parse_body, read_body
+from transload.server.bodies import BodyLimits, parse_body, read_body
 from transload.server.generation import Ledger, check_model
 from transload.server.metrics import Metrics
 from transload.server.prompts import Prompts
@@ -29,14 +28,14 @@ class Routes:
         backend: Backend,
         tokenizer: Tokenizer,
         prompts: Prompts,
-        server: Server,
+        bodies: BodyLimits,
         metrics: Metrics,
         ledger: Ledger,
     ) -> None:
         self._backend = backend
         self._tokenizer = tokenizer
         self._prompts = prompts
-        self._server = server
+        self._bodies = bodies
         self._metrics = metrics
         self._ledger = ledger
         self._created = int(time.time())
@@ -115,7 +114,7 @@ class Routes:
         return json_response({"id": name, "object": "request", "choices": waterfalls})
 
     async def _body(self, request: Request) -> bytes:
-        return await read_body(request.scope, request.receive, self._server.max_body_bytes)
+        return await read_body(request.scope, request.receive, self._bodies)
 
     def _card(self) -> dict[str, object]:
         model = self._backend.model

@@ -1,0 +1,87 @@
+"""What passes through the controller, counted: the bridge from the machines' messages to `/metrics`."""
+
+from __future__ import annotations
+
+from transload.control.controller import Controller
+from transload.control.messages import (
+    ControllerCommand,
+    ControllerEvent,
+    Finish,
+    HandoffFailed,
+    KvVerified,
+    Load,
+    Preempted,
+    RestartWorker,
+    WorkerGone,
+    WorkerId,
+    WorkerJoined,
+)
+from transload.server.metrics import Metrics
+
+
+class MetricsFeed:
+    """Call it with every event before, and every command after, the controller handles it."""
+
+    def __init__(self, metrics: Metrics, controller: Controller) -> None:
+        self._metrics = metrics
+        self._controller = controller
+        self._pools: dict[str, set[WorkerId]] = {}
+
+    def __call__(self, message: ControllerEvent | ControllerCommand, now: float) -> None:
+        match message:
+            case Load():
+                self._load(message)
+            case KvVerified():
+                self._verified(message, now)
+            case HandoffFailed(worker, request):
+                self._metrics.transfer_done(self._transport(request, worker), 0, 0.0, 0.0, "failed")
+            case Preempted(worker):
+                self._metrics.request_preempted(worker)
+            case WorkerJoined(worker, _, pool):
+                self._pools.setdefault(pool, set()).add(worker)
+                self._count_workers()
+            case WorkerGone(worker):
+                for workers in self._pools.values():
+                    workers.discard(worker)
+                self._count_workers()
+            case RestartWorker(worker):
+                self._metrics.worker_restarted(worker)
+            case Finish():
+                self._metrics.request_ended(message.num_prompt_tokens, message.num_outputs, message.num_cached_tokens)
+            case _:
+                pass
+
+    def _load(self, load: Load) -> None:
+        metrics = self._metrics
+        metrics.set_blocks(
+            load.worker,
+            {
+                "free": load.blocks_free,
+                "referenced": load.blocks_referenced,
+                "cached": load.blocks_cached,
+                "quarantined": load.blocks_quarantined,
+            },
+        )
+        metrics.set_leaked_blocks(load.worker, load.blocks_leaked)
+        metrics.set_running(load.worker, load.num_running)
+        metrics.set_queue_length(self._controller.num_waiting)
+        if load.step_seconds > 0:
+            metrics.step_done(load.step_requests)
+
+    def _verified(self, verified: KvVerified, now: float) -> None:
+        tracked = self._controller.requests.get(verified.request)
+        exposed = 0.0
+        if tracked is not None and tracked.phase == "transferring":
+            exposed = now - tracked.stages[-1].start
+        transport = self._transport(verified.request, verified.worker)
+        self._metrics.transfer_done(transport, verified.num_bytes, verified.wire_seconds, exposed)
+
+    def _transport(self, request: int, worker: WorkerId) -> str:
+        tracked = self._controller.requests.get(request)  # type: ignore[call-overload]
+        source = tracked.prefill if tracked is not None else None
+        link = self._controller.links.get((source, worker)) if source is not None else None
+        return link.transport if link is not None else "unknown"
+
+    def _count_workers(self) -> None:
+        for pool, workers in self._pools.items():
+            self._metrics.set_workers_up(pool, len(workers))

@@ -1,0 +1,238 @@
+"""Peers that misbehave, on raw sockets: they are cut off or answered, and others notice nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from tests.server.conftest import RunningServer, Serve
+from tests.server.fakes import Script, wait_for
+from transload.server.bodies import BodyLimits
+from transload.server.connection import ConnectionLimits
+
+HURRIED = ConnectionLimits(head_seconds=0.2, idle_seconds=1.0, stalled_seconds=0.3, discarded_bytes=2**20)
+
+
+def request(body: dict[str, object], path: str = "/v1/completions") -> bytes:
+    raw = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
+    return head.encode() + raw
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """Until the server closes; a reset counts as closing."""
+    parts = []
+    try:
+        while part := connection.recv(65536):
+            parts.append(part)
+    except ConnectionResetError:
+        pass
+    return b"".join(parts)
+
+
+def read_until(connection: socket.socket, mark: bytes) -> bytes:
+    got = b""
+    while mark not in got:
+        part = connection.recv(65536)
+        assert part, f"closed before {mark!r}: {got!r}"
+        got += part
+    return got
+
+
+def assert_healthy(server: RunningServer) -> None:
+    assert server.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
+@contextmanager
+def many_files(number: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < number:
+        pytest.skip(f"this machine allows {hard} open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, number), hard))
+    yield
+
+
+def test_a_thousand_idle_connections_hinder_no_one_and_stay_usable(serve: Serve) -> None:
+    server = serve()
+    with many_files(4096), ExitStack() as stack:
+        idle = [stack.enter_context(server.connect()) for _ in range(1000)]
+        assert_healthy(server)
+        for connection in (idle[0], idle[500], idle[999]):
+            connection.sendall(request({"prompt": "x"}))
+            assert b"200 OK" in read_until(connection, b"}}}")
+    assert_healthy(server)
+
+
+def test_a_connection_that_says_nothing_is_closed_after_a_time(serve: Serve) -> None:
+    server = serve(limits=HURRIED)
+    with server.connect() as connection:
+        assert read_all(connection) == b""
+    assert_healthy(server)
+
+
+@pytest.mark.parametrize("drip", [b"X-Slow: y\r\n", b"z"])
+def test_headers_that_never_end_are_cut_off_however_slowly_they_come(serve: Serve, drip: bytes) -> None:
+    server = serve(limits=HURRIED)
+    with server.connect() as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n")
+        begun = time.monotonic()
+        try:
+            while time.monotonic() - begun < 15:
+                connection.sendall(drip)
+                time.sleep(0.02)
+        except (ConnectionResetError, BrokenPipeError):
+            pass
+        assert time.monotonic() - begun < 10
+    assert_healthy(server)
+
+
+def test_a_body_that_does_not_come_is_answered_with_408(serve: Serve) -> None:
+    server = serve(bodies=BodyLimits(max_bytes=1000, seconds=0.2))
+    for head in (b"Content-Length: 100\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"):
+        with server.connect() as connection:
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + head)
+            answer = read_all(connection)
+            assert b"408" in answer.split(b"\r\n")[0]
+            assert b'"code":"body_timeout"' in answer
+    assert_healthy(server)
+
+
+def test_a_body_nobody_wants_is_thrown_away_up_to_a_limit_then_the_connection_is_cut(serve: Serve) -> None:
+    server = serve(limits=HURRIED)
+    with server.connect() as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n")
+        assert b"413" in read_until(connection, b"}}")
+        sent = 0
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):  # noqa: PT012
+            while sent < 200 * 2**20:
+                sent += connection.send(b" " * 65536)
+        assert sent < 100 * 2**20
+    assert_healthy(server)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS to a plain port
+        b"nonsense\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nContent-Length: -5\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nX-Long: " + b"y" * 300_000 + b"\r\n\r\n",
+    ],
+)
+def test_what_is_no_http_is_answered_with_400_in_openais_form_and_closed(serve: Serve, garbage: bytes) -> None:
+    server = serve()
+    with server.connect() as connection:
+        connection.sendall(garbage)
+        answer = read_all(connection)
+        assert answer.startswith(b"HTTP/1.1 400")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
+    assert_healthy(server)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_caller_that_sends_more_than_its_request_and_leaves_is_still_seen_to_leave(
+    serve: Serve, stream: bool
+) -> None:
+    server = serve(Script(text="abc", hold_after=1))
+    with server.connect() as connection:
+        connection.sendall(request({"prompt": "x", "stream": stream}) + b"\r\n" + request({"prompt": "y"}))
+        wait_for(lambda: bool(server.backend.seen), "the request is submitted")
+        connection.sendall(b"and more")
+    wait_for(lambda: server.backend.seen[0].cancelled, "the request is cancelled")
+    assert_healthy(server)
+
+
+def test_a_caller_that_leaves_mid_stream_frees_its_request(serve: Serve) -> None:
+    server = serve(Script(text="abcdef", hold_after=2))
+    with server.connect() as connection:
+        connection.sendall(request({"prompt": "x", "stream": True}))
+        read_until(connection, b'"text":"b"')
+        assert not server.backend.seen[0].cancelled
+    wait_for(lambda: server.backend.seen[0].finished == "cancelled", "the request is cancelled")
+    wait_for(lambda: 'outcome="cancelled"' in server.get("/metrics").text, "the call is counted as cancelled")
+    assert "transload_calls_open 0.0" in server.get("/metrics").text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_caller_that_leaves_before_the_first_token_frees_all_its_choices(serve: Serve, stream: bool) -> None:
+    server = serve(Script(text="abc", hold_after=0))
+    with server.connect() as connection:
+        connection.sendall(request({"prompt": "x", "stream": stream, "n": 3}))
+        wait_for(lambda: len(server.backend.seen) == 3, "the requests are submitted")
+    wait_for(lambda: all(seen.finished == "cancelled" for seen in server.backend.seen), "all are cancelled")
+
+
+def test_a_reader_that_stops_reading_is_cut_off_and_its_requests_freed(serve: Serve) -> None:
+    server = serve(Script(text="x" * 400, step_tokens=4, step_seconds=0.0005), limits=HURRIED)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect((server.host, server.port))
+        # 50 times 200 tokens with 20 log-probabilities each: more than the buffers between the two sockets hold.
+        body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 200, "n": 50, "stream": True}
+        connection.sendall(request({**body, "logprobs": True, "top_logprobs": 20}, "/v1/chat/completions"))
+        wait_for(lambda: any(seen.cancelled for seen in server.backend.seen), "the stalled reader's requests are freed")
+        wait_for(lambda: "transload_calls_open 0.0" in server.get("/metrics").text, "the call is over")
+        assert 0 < sum(seen.num_made for seen in server.backend.seen) < 50 * 200
+    assert_healthy(server)
+
+
+def test_pipelined_requests_are_answered_in_order(serve: Serve) -> None:
+    server = serve(lambda request: Script(text=chr(request.prompt[-1])))
+    with server.connect() as connection:
+        connection.sendall(request({"prompt": "a"}) + request({"prompt": "b"}) + request({"prompt": "c"}))
+        got = b""
+        while got.count(b'"text":') < 3:
+            got += connection.recv(65536)
+        assert [got.index(b'"text":"%c"' % letter) for letter in b"abc"] == sorted(
+            got.index(b'"text":"%c"' % letter) for letter in b"abc"
+        )
+
+
+def test_accepted_connections_send_small_writes_at_once(serve: Serve) -> None:
+    """TCP_NODELAY: without it headers go out and the first token waits for the peer's 40 ms delayed ACK."""
+    server = serve(Script(text="abc", hold_after=1))
+    with server.connect() as connection:
+        connection.sendall(request({"prompt": "x", "stream": True}))
+        read_until(connection, b'"text":"a"')
+        options = [
+            end.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            for end in sockets_of_this_process()
+            if is_connected_to(end, connection.getsockname())
+        ]
+        assert options == [1]
+
+
+def sockets_of_this_process() -> Iterator[socket.socket]:
+    """All sockets, the server's too: it runs in a thread here. Each is a duplicate, closed behind its turn."""
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            end = socket.socket(fileno=os.dup(int(number)))
+        except OSError:  # no socket, or the listing's own descriptor
+            continue
+        with end:
+            yield end
+
+
+def is_connected_to(end: socket.socket, address: object) -> bool:
+    try:
+        return bool(end.getpeername() == address)
+    except OSError:
+        return False
+
+
+def test_an_http_1_0_caller_gets_a_stream_that_ends_with_the_connection(serve: Serve) -> None:
+    server = serve(Script(text="abc"))
+    raw = request({"prompt": "x", "stream": True}).replace(b"HTTP/1.1", b"HTTP/1.0")
+    with server.connect() as connection:
+        connection.sendall(raw)
+        answer = read_all(connection)
+    assert answer.endswith(b"data: [DONE]\n\n")
+    assert b"chunked" not in answer
