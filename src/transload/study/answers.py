@@ -12,6 +12,8 @@ from transload.study.metrics import ErrorKind
 
 MAX_ERROR_BYTES = 16 * 1024
 MAX_LINE_BYTES = 16 * 2**20
+NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are not JSON of the wanted form."""
 
 
 class _Delta(msgspec.Struct):
@@ -41,13 +43,13 @@ class _Event(msgspec.Struct):
     id: str | None = None
     choices: list[_Choice] = []
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
+    error: object = None
 
 
 class _Error(msgspec.Struct):
     message: str = ""
-    error: msgspec.Raw | None = None
-    detail: msgspec.Raw | None = None
+    error: object = None
+    detail: object = None
 
 
 _decode_event = msgspec.json.Decoder(_Event).decode
@@ -137,10 +139,10 @@ class StreamedAnswer:
             return
         try:
             event = _decode_event(payload)
-        except msgspec.DecodeError as problem:
+        except NOT_JSON as problem:
             self.fail("malformed", f"{problem}: {payload[:200].decode(errors='replace')}")
             return
-        if event.error is not None and bytes(event.error) != b"null":
+        if event.error is not None:
             self.fail("error_event", describe_error(payload))
             return
         self.id = self.id or event.id
@@ -176,14 +178,11 @@ def describe_error(body: bytes) -> str:
     """What an error body says, in OpenAI's, FastAPI's or no particular form."""
     try:
         error = msgspec.json.decode(body, type=_Error)
-        if error.error is not None:
-            inner = bytes(error.error)
-            try:
-                return msgspec.json.decode(inner, type=_Error).message or inner.decode()
-            except msgspec.DecodeError:
-                return inner.decode(errors="replace").strip('"')
-        if error.message or error.detail is not None:
-            return error.message or bytes(error.detail or b"").decode(errors="replace")
-    except msgspec.DecodeError:
-        pass
-    return body[:300].decode(errors="replace").strip() or "(no message)"
+    except NOT_JSON:
+        error = _Error()
+    inner = error.error if error.error is not None else error.detail
+    if isinstance(inner, dict) and isinstance(inner.get("message"), str):
+        inner = inner["message"]
+    elif inner is not None and not isinstance(inner, str):
+        inner = msgspec.json.encode(inner).decode()
+    return inner or error.message or body[:300].decode(errors="replace").strip() or "(no message)"

@@ -15,7 +15,7 @@ import msgspec
 
 from transload.errors import RequestError, TransloadError
 from transload.runtime.base import Waterfall
-from transload.study.answers import StreamedAnswer, describe_error
+from transload.study.answers import NOT_JSON, StreamedAnswer, describe_error
 from transload.study.http_client import parse_url
 from transload.study.waterfall import decode_waterfalls
 
@@ -105,7 +105,7 @@ class Conversation:
             )
         try:
             name = str(msgspec.json.decode(response.content)["data"][0]["id"])
-        except (msgspec.DecodeError, LookupError, TypeError):
+        except (*NOT_JSON, LookupError, TypeError):
             return self._model  # a server need not list its models
         if not self._is_model_chosen:
             self._model = name
@@ -147,7 +147,7 @@ class Conversation:
         try:
             response = self._client.get(f"/requests/{self.last.answer.id}", timeout=CONNECT_SECONDS)
             return decode_waterfalls(response.content) if response.status_code == 200 else []
-        except (httpx.HTTPError, msgspec.DecodeError):
+        except (httpx.HTTPError, *NOT_JSON):
             return []  # other servers have no such page
 
     def _opening(self) -> list[dict[str, str]]:

@@ -8,6 +8,8 @@ before anything is parsed. This file must never know what the bodies mean.
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 import ssl
 from collections.abc import Callable
 from typing import Protocol
@@ -139,7 +141,7 @@ class HttpClient:
                 lambda: _Connection(loop, self._open), self.address.host, self.address.port, ssl=self._tls
             )
         except OSError as problem:
-            raise ConnectFailed(problem.strerror or str(problem) or type(problem).__name__) from None
+            raise ConnectFailed(_why(problem)) from None
         return connection, False
 
     def _put_back(self, connection: _Connection) -> None:
@@ -163,8 +165,10 @@ class _Connection(asyncio.Protocol):
 
     @property
     def is_usable(self) -> bool:
-        """Open, idle, and the last answer was complete."""
-        return self._transport is not None and not self._transport.is_closing() and self._http.our_state is h11.IDLE
+        """Open, idle, and the last answer was complete with nothing after it."""
+        if self._transport is None or self._transport.is_closing():
+            return False
+        return self._http.our_state is h11.IDLE and not self._http.trailing_data[0]
 
     async def exchange(self, head: h11.Request, body: bytes, answer: Answer, sent: Callable[[], None] | None) -> None:
         assert self.is_usable
@@ -201,11 +205,9 @@ class _Connection(asyncio.Protocol):
         self._read(self._loop.time())
         return False
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         self._open.discard(self)
-        where = "in the middle of the answer" if self.num_answer_bytes else "before the answer began"
-        why = f": {exc}" if exc is not None else ""
-        self._fail(ConnectionBroke(f"connection closed {where}{why}"))
+        self._fail(self._broke())
 
     def _read(self, now: float) -> None:
         if self._done is None or self._done.done():
@@ -226,11 +228,15 @@ class _Connection(asyncio.Protocol):
                     case h11.NEED_DATA | h11.PAUSED:
                         return
                     case h11.ConnectionClosed():
-                        self._fail(ConnectionBroke("connection closed before the answer began"))
+                        self._fail(self._broke())
                         return
         except h11.RemoteProtocolError as problem:
-            broke_off = self._http.trailing_data[1]
-            self._fail((ConnectionBroke if broke_off else NotHttp)(str(problem)))
+            is_closed = self._http.trailing_data[1]  # h11 complains of the end too, in its own words
+            self._fail(self._broke() if is_closed else NotHttp(str(problem)))
+
+    def _broke(self) -> ConnectionBroke:
+        where = "in the middle of the answer" if self.num_answer_bytes else "before the answer began"
+        return ConnectionBroke(f"connection closed {where}")
 
     def _finish(self) -> None:
         if self._http.our_state is h11.DONE and self._http.their_state is h11.DONE:
@@ -242,3 +248,10 @@ class _Connection(asyncio.Protocol):
         if self._done is not None and not self._done.done():
             self._done.set_exception(problem)
         self.abort()
+
+
+def _why(problem: OSError) -> str:
+    """In words: asyncio's own say "Connect call failed" for a refused connection."""
+    if problem.errno is not None and problem.errno > 0 and not isinstance(problem, socket.gaierror | ssl.SSLError):
+        return os.strerror(problem.errno).lower()
+    return problem.strerror or str(problem) or type(problem).__name__

@@ -99,11 +99,10 @@ class LoadGenerator:
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        if not self._is_stopping:
+        if task.cancelled() or task.exception() is None:
             self._tasks.discard(task)
-            if not task.cancelled() and task.exception() is not None:
-                self._tasks.add(task)  # a bug of ours: `run` must raise it
-                self.stop()
+        else:
+            self.stop()  # a bug of ours: `run` raises it
         self._changed.set()
 
     async def _play(self, due: Due) -> None:

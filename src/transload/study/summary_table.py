@@ -17,14 +17,14 @@ MAX_ERROR_LINES = 8
 
 def show_summary(summary: Summary, records: Iterable[RequestRecord], console: Console, *, title: str) -> None:
     """Print the table, the rates, what failed and what to be wary of. `records` give the words of the errors."""
-    console.print(Text(title, style="bold"))
+    console.print(Text(title, style="bold"), soft_wrap=True)
     console.print(_latencies(summary))
     for name, value in _rates(summary):
-        console.print(Text.assemble((f"{name:<12}", "bold"), value))
+        console.print(Text.assemble((f"{name:<12}", "bold"), value), soft_wrap=True)
     for line in _errors(records):
-        console.print(Text(line, style="red"))
+        console.print(Text(line, style="red"), soft_wrap=True)
     for line in _warnings(summary):
-        console.print(Text(line, style="yellow"))
+        console.print(Text(line, style="yellow"), soft_wrap=True)
 
 
 def _latencies(summary: Summary) -> Table:

@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 
 from transload.errors import TransloadError
-from transload.study.answers import describe_error
+from transload.study.answers import NOT_JSON, describe_error
 from transload.study.http_client import ConnectFailed, ConnectionBroke, HttpClient, NotHttp
 from transload.study.prompts import COMMON_WORDS, Vocabulary
 
@@ -118,7 +118,7 @@ async def _models(client: HttpClient) -> list[_Model]:
         return []
     try:
         return msgspec.json.decode(content, type=_Models).data
-    except msgspec.DecodeError:
+    except NOT_JSON:
         return []
 
 
@@ -172,7 +172,7 @@ async def _tokenize(client: HttpClient, body: dict[str, object]) -> _Tokens | No
     try:
         status, content = await _fetch(client, "POST", "/tokenize", msgspec.json.encode(body))
         return msgspec.json.decode(content, type=_Tokens) if status == 200 else None
-    except (TimeoutError, ConnectFailed, ConnectionBroke, NotHttp, msgspec.DecodeError):
+    except (TimeoutError, ConnectFailed, ConnectionBroke, NotHttp, *NOT_JSON):
         return None  # an optional convenience: without it prompts are made by the fallback
 
 

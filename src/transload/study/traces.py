@@ -279,7 +279,7 @@ def _parse_json(line: str, seconds_per_unit: float, block_size: int) -> _Row:
     except msgspec.ValidationError as problem:
         what, _, where = str(problem).partition(" - at `$.")
         raise _BadLine(f"column {where.rstrip('`')}: {what}" if where else what) from None
-    except msgspec.DecodeError as problem:
+    except (msgspec.DecodeError, RecursionError) as problem:
         raise _BadLine(f"not a JSON object: {problem}") from None
     num_blocks = -(-row.input_length // block_size)
     if row.hash_ids and len(row.hash_ids) < num_blocks:
