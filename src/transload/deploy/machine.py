@@ -144,12 +144,11 @@ def _groups(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
             mount, version = root / "sys/fs/cgroup" / controller, 1
         else:
             continue
-        folder = mount / path.lstrip("/")
-        while folder != mount:
+        below = [part for part in path.split("/") if part not in ("", "..")]
+        for depth in range(len(below), -1, -1):
+            folder = mount.joinpath(*below[:depth])
             if folder.is_dir():
                 yield folder, version
-            folder = folder.parent
-        yield mount, version
 
 
 def _cpu_flags(cpuinfo: Path) -> frozenset[str]:

@@ -1,0 +1,329 @@
+"""Deployment x machine x model to a plan for each worker: device, cores, memory, blocks, links.
+
+Pure arithmetic: reads nothing, starts nothing. What does not fit is a problem with a name and a way out, never a guess.
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from transload.arch import DTYPE_BYTES, ModelArch
+from transload.deploy.cores import Cores, assign_cores
+from transload.deploy.machine import Gpu, Machine
+from transload.deploy.plan import ComputeDtype, LinkPlan, Placement, WireTransport, WorkerPlan
+from transload.deploy.spec import Deployment, Link, Pool
+from transload.errors import DeploymentError
+from transload.units import format_bytes
+
+__all__ = ["LinkPlan", "Placement", "WorkerPlan", "place", "plan_placement", "resolve_dtype"]
+
+FRAMES_PER_CHUNK = 6
+"""About how many frames a chunk's KV is cut into, so that sending overlaps computing."""
+PROCESS_BYTES = 320 * 2**20
+"""Estimate of a worker without weights and cache: interpreter, torch, code. torch 2.13 alone: 240 MB measured."""
+DEFAULT_CONTEXTS = 4
+"""Contexts of full length that a KV cache has room for if the file says nothing."""
+DEFAULT_SHARE = 0.2
+"""Most of a device's memory that such a cache takes."""
+DEFAULT_FREE_SHARE = 0.8
+"""Most of the memory that is free now that all such caches of a device take together with their workers."""
+LEAST_CONTEXT = 64
+"""Tokens without which a worker is of no use (or the model's own limit, if that is less)."""
+
+
+class Memory(msgspec.Struct, frozen=True, kw_only=True):
+    """A place that workers take memory from: the host, or one GPU."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+
+
+def place(deployment: Deployment, machine: Machine, arch: ModelArch) -> Placement:
+    """A placement that fits. Raises `DeploymentError` naming pool, needed, available and what to change."""
+    placement = plan_placement(deployment, machine, arch)
+    if placement.problems:
+        raise DeploymentError("\n".join(placement.problems))
+    return placement
+
+
+def plan_placement(deployment: Deployment, machine: Machine, arch: ModelArch) -> Placement:
+    """A placement with all that is wrong with it in `problems`. Never raises."""
+    return _Planner(deployment, machine, arch).placement()
+
+
+def resolve_dtype(deployment: Deployment, machine: Machine) -> ComputeDtype:
+    """auto is bfloat16 if every device that is used computes in it. One for all: caches cross between workers."""
+    if deployment.model.dtype != "auto":
+        return deployment.model.dtype
+    for pool in deployment.pools:
+        gpus = _gpus_of(pool, machine)
+        native = all(gpu.has_bfloat16 for gpu in gpus) and bool(gpus) if pool.device != "cpu" else machine.has_bfloat16
+        if not native:
+            return "float32"
+    return "bfloat16"
+
+
+def loaded_weights_bytes(arch: ModelArch, dtype: str, device: str) -> int:
+    """Estimate of what the weights take once loaded. On CPU a tied output head is packed, which makes it a copy."""
+    num_weights = arch.num_parameters()
+    if device == "cpu" and arch.tied_embeddings:
+        num_weights += arch.vocab_size * arch.hidden_size
+    return num_weights * DTYPE_BYTES[dtype]
+
+
+def workspace_bytes(arch: ModelArch, pool: Pool, dtype: str) -> int:
+    """Estimate of a step's intermediate results: rows of hidden state, FFN and queries, and float32 logits."""
+    row = 4 * arch.hidden_size + 3 * arch.intermediate_size + 2 * arch.num_heads * arch.head_dim
+    rows = max(pool.limits.step_tokens, pool.limits.max_batch)
+    return rows * row * max(4, DTYPE_BYTES[dtype]) + 2 * pool.limits.max_batch * arch.vocab_size * 4
+
+
+def _gpus_of(pool: Pool, machine: Machine) -> tuple[Gpu, ...]:
+    """The GPUs that a pool's workers may be on."""
+    if pool.device == "cuda":
+        return machine.gpus
+    return tuple(gpu for gpu in machine.gpus if pool.device == f"cuda:{gpu.index}")
+
+
+class _Planner:
+    """Collects the parts of one placement."""
+
+    def __init__(self, deployment: Deployment, machine: Machine, arch: ModelArch) -> None:
+        self.deployment = deployment
+        self.machine = machine
+        self.arch = arch
+        self.dtype = resolve_dtype(deployment, machine)
+        self.warnings: list[str] = []
+        self.problems: list[str] = []
+        self.wanted_context = deployment.model.max_context or arch.max_position
+        self.memories = {"cpu": self._host_memory()} | {
+            f"cuda:{gpu.index}": Memory(
+                name=f"GPU {gpu.index} ({gpu.name})", total_bytes=gpu.memory_bytes, free_bytes=gpu.free_bytes
+            )
+            for gpu in machine.gpus
+        }
+
+    def _host_memory(self) -> Memory:
+        return Memory(name="this machine", total_bytes=self.machine.memory_bytes, free_bytes=self.machine.free_bytes)
+
+    def placement(self) -> Placement:
+        if self.wanted_context > self.arch.max_position:
+            self.problems.append(
+                f"model.max_context = {self.wanted_context}: {self.arch.name} was made for {self.arch.max_position} "
+                "tokens at most; lower it or leave it out"
+            )
+            self.wanted_context = self.arch.max_position
+        devices = [self._devices(pool, index) for index, pool in enumerate(self.deployment.pools)]
+        cores, warnings, problems = assign_cores(self.deployment.pools, self.machine.cores)
+        self.warnings += warnings
+        self.problems += problems
+        self._check_quota()
+        links = self._links()
+        caches = self._caches(devices)
+        max_context = self._max_context(caches)
+        workers = [
+            self._worker(pool, index, devices[p][index], cores[p][index], caches[p], max_context, links)
+            for p, pool in enumerate(self.deployment.pools)
+            for index in range(pool.workers)
+        ]
+        if not self.problems:
+            self._check_memory(workers)
+        return Placement(
+            deployment=self.deployment,
+            machine=self.machine,
+            dtype=self.dtype,
+            max_context=max_context,
+            workers=tuple(workers),
+            links=links,
+            warnings=tuple(self.warnings),
+            problems=tuple(self.problems),
+        )
+
+    def _worker(
+        self,
+        pool: Pool,
+        index: int,
+        device: str,
+        cores: Cores,
+        num_blocks: int,
+        max_context: int,
+        links: tuple[LinkPlan, ...],
+    ) -> WorkerPlan:
+        return WorkerPlan(
+            name=f"{pool.name}-{index}",
+            pool=pool.name,
+            role=pool.role,
+            device=device,
+            threads=pool.threads,
+            cores=cores,
+            model=self.deployment.model,
+            dtype=self.dtype,
+            max_context=max_context,
+            block_size=pool.block_size,
+            num_blocks=num_blocks,
+            kv_bytes=num_blocks * self._block_bytes(pool),
+            weights_bytes=loaded_weights_bytes(self.arch, self.dtype, device),
+            limits=pool.limits,
+            links=tuple(link for link in links if pool.name in (link.source, link.target)),
+            seed=self.deployment.seed,
+        )
+
+    # -- devices -------------------------------------------------------------------------------------------------------
+
+    def _devices(self, pool: Pool, index: int) -> list[str]:
+        """The device of each worker; `cuda` spreads them over all GPUs."""
+        if pool.device == "cpu":
+            return ["cpu"] * pool.workers
+        gpus = _gpus_of(pool, self.machine)
+        if not gpus:
+            there_are = ", ".join(f"cuda:{gpu.index}" for gpu in self.machine.gpus) or "none"
+            self.problems.append(
+                f'pool "{pool.name}": pools[{index}].device = "{pool.device}": no such GPU here; GPUs: {there_are}; '
+                f"use cpu (--set pools.{pool.name}.device=cpu) or run `transload doctor`"
+            )
+            return [pool.device] * pool.workers
+        return [f"cuda:{gpus[worker % len(gpus)].index}" for worker in range(pool.workers)]
+
+    def _check_quota(self) -> None:
+        quota = self.machine.core_quota
+        threads = sum(pool.workers * pool.threads for pool in self.deployment.pools)
+        if quota is not None and threads > quota:
+            self.warnings.append(
+                f"a container limit leaves {quota:g} cores' worth of time for {threads} threads: they will be stopped "
+                "and started; use fewer, or raise the limit"
+            )
+
+    # -- links ---------------------------------------------------------------------------------------------------------
+
+    def _links(self) -> tuple[LinkPlan, ...]:
+        listed = {frozenset(link.between): link for link in self.deployment.links}
+        pools = self.deployment.pools
+        return tuple(
+            self._link(source, target, listed.get(frozenset((source.name, target.name))))
+            for source in pools
+            if source.role == "prefill"
+            for target in pools
+            if target.role == "decode"
+        )
+
+    def _link(self, source: Pool, target: Pool, listed: Link | None) -> LinkPlan:
+        link = listed or Link(between=(source.name, target.name))
+        on_cpu = source.device == target.device == "cpu"
+        transport: WireTransport
+        if link.transport == "auto":
+            transport = "shm" if self.machine.has_memfd and on_cpu else "tcp"
+        else:
+            transport = link.transport
+            if transport == "shm" and not self.machine.has_memfd:
+                self.problems.append(
+                    f'link between "{source.name}" and "{target.name}": shm needs Linux; set its transport to tcp'
+                )
+        layers = link.layers_per_frame or math.ceil(self.arch.num_layers / FRAMES_PER_CHUNK)
+        return LinkPlan(
+            source=source.name,
+            target=target.name,
+            transport=transport,
+            layers_per_frame=min(layers, self.arch.num_layers),
+            window_frames=link.window_frames,
+            lease_seconds=link.lease_seconds,
+        )
+
+    # -- memory --------------------------------------------------------------------------------------------------------
+
+    def _block_bytes(self, pool: Pool) -> int:
+        return pool.block_size * self.arch.kv_bytes_per_token(self.dtype)
+
+    def _beside_cache(self, pool: Pool, device: str) -> int:
+        """Estimate of what a worker needs of its device's memory beside its KV cache."""
+        weights = loaded_weights_bytes(self.arch, self.dtype, device)
+        return PROCESS_BYTES + weights + workspace_bytes(self.arch, pool, self.dtype)
+
+    def _caches(self, devices: list[list[str]]) -> list[int]:
+        """Blocks of each worker, by pool."""
+        caches: list[int] = []
+        for index, pool in enumerate(self.deployment.pools):
+            block_bytes = self._block_bytes(pool)
+            if pool.memory_bytes is not None:
+                caches.append(max(1, pool.memory_bytes // block_bytes))
+                if pool.memory_bytes < block_bytes:
+                    self.problems.append(
+                        f'pool "{pool.name}": pools[{index}].memory = {format_bytes(pool.memory_bytes)} holds no KV '
+                        f"block; one of {pool.block_size} tokens takes {format_bytes(block_bytes)} in {self.dtype}; "
+                        f"raise pools.{pool.name}.memory"
+                    )
+                continue
+            share = min((self._fair_share(device, devices) for device in set(devices[index])), default=0)
+            contexts = DEFAULT_CONTEXTS * math.ceil(self.wanted_context / pool.block_size)
+            least = math.ceil(min(LEAST_CONTEXT, self.wanted_context) / pool.block_size)
+            caches.append(max(least, min(contexts, share // block_bytes)))
+        return caches
+
+    def _fair_share(self, device: str, devices: list[list[str]]) -> int:
+        """Bytes that the cache of each worker with no size of its own may take on a device."""
+        memory = self.memories.get(device)
+        if memory is None:
+            return 0  # no such device: a problem already
+        free = memory.free_bytes * DEFAULT_FREE_SHARE
+        num_sharing = 0
+        for pool, places in zip(self.deployment.pools, devices, strict=True):
+            num_here = places.count(device)
+            free -= num_here * (self._beside_cache(pool, device) + (pool.memory_bytes or 0))
+            num_sharing += num_here if pool.memory_bytes is None else 0
+        return int(max(0.0, min(memory.total_bytes * DEFAULT_SHARE, free / max(1, num_sharing))))
+
+    def _max_context(self, caches: list[int]) -> int:
+        """What every worker can hold, or the limit if that is less."""
+        pools = self.deployment.pools
+        held = [num_blocks * pool.block_size for pool, num_blocks in zip(pools, caches, strict=True)]
+        smallest = min(range(len(pools)), key=lambda index: held[index])
+        if held[smallest] >= self.wanted_context:
+            return self.wanted_context
+        pool = pools[smallest]
+        has = format_bytes(caches[smallest] * self._block_bytes(pool))
+        needed = math.ceil(self.wanted_context / pool.block_size) * self._block_bytes(pool)
+        told = self.deployment.model.max_context is not None
+        limit = (
+            f"model.max_context = {self.wanted_context}" if told else f"the model's context of {self.wanted_context}"
+        )
+        raise_it = f"set pools.{pool.name}.memory to {format_bytes(needed)} or more"
+        text = f'pool "{pool.name}": {limit} needs a KV cache of {format_bytes(needed)}, each worker has {has}'
+        if self.problems:
+            return held[smallest]
+        if told or held[smallest] < min(LEAST_CONTEXT, self.arch.max_position):
+            lower = f", or lower model.max_context to {held[smallest]}" if told else ""
+            self.problems.append(f"{text}, which holds {held[smallest]} tokens; {raise_it}{lower}")
+        else:
+            self.warnings.append(f"{text}: requests are limited to {held[smallest]} tokens; {raise_it} for longer ones")
+        return held[smallest]
+
+    def _check_memory(self, workers: list[WorkerPlan]) -> None:
+        """Each device's memory against what all its workers need together."""
+        pools = {pool.name: pool for pool in self.deployment.pools}
+        for device, memory in self.memories.items():
+            here = [worker for worker in workers if worker.device == device]
+            needs = {w.name: w.kv_bytes + self._beside_cache(pools[w.pool], device) for w in here}
+            needed = sum(needs.values())
+            if needed <= memory.free_bytes:
+                continue
+            by_pool = {
+                pool.name: sum(needs[worker.name] for worker in here if worker.pool == pool.name)
+                for pool in self.deployment.pools
+            }
+            largest = max(by_pool, key=lambda name: by_pool[name])
+            worker = next(worker for worker in here if worker.pool == largest)
+            count = sum(other.pool == largest for other in here)
+            beside = format_bytes(self._beside_cache(pools[largest], device))
+            knobs = [f"pools.{largest}.memory"] if pools[largest].memory_bytes is not None else []
+            knobs += [f"pools.{largest}.workers"] if count > 1 else []
+            way_out = (
+                f"lower {' or '.join(knobs)}" if knobs else "free some memory, or take a smaller model or topology"
+            )
+            self.problems.append(
+                f'pool "{largest}": {count} worker{"s need" if count > 1 else " needs"} '
+                f"{format_bytes(by_pool[largest])} (each {format_bytes(worker.kv_bytes)} KV cache and about {beside} "
+                f"for weights and the process), all pools {format_bytes(needed)}; {format_bytes(memory.free_bytes)} of "
+                f"{format_bytes(memory.total_bytes)} are free on {memory.name}; {way_out}"
+            )

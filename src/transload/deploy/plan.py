@@ -1,0 +1,92 @@
+"""What a worker is told: plain numbers, ready to be sent to its process. Made by `placement.py`, which decides them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from transload.control.messages import Role
+from transload.deploy.machine import Machine
+from transload.deploy.spec import Deployment, Limits, ModelSpec
+
+ComputeDtype = Literal["float32", "bfloat16"]
+WireTransport = Literal["shm", "tcp"]
+
+
+class LinkPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """How KV crosses from a prefill pool to a decode pool."""
+
+    source: str
+    """The prefill pool."""
+    target: str
+    """The decode pool."""
+    transport: WireTransport
+    layers_per_frame: int
+    window_frames: int
+    lease_seconds: float
+
+
+class WorkerPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker process. Everything it must know beside its name and whom to join."""
+
+    name: str
+    """`<pool>-<index>`."""
+    pool: str
+    role: Role
+    device: str
+    """cpu or cuda:N."""
+    threads: int
+    cores: tuple[int, ...]
+    """To be pinned to; none: not pinned."""
+    model: ModelSpec
+    """As the deployment says it. What it leaves open is decided in `dtype` and `max_context`."""
+    dtype: ComputeDtype
+    """Of weights and KV cache."""
+    max_context: int
+    block_size: int
+    num_blocks: int
+    kv_bytes: int
+    """Of the KV cache: whole blocks."""
+    weights_bytes: int
+    """Estimate of the weights in memory, which is not their size on disk."""
+    limits: Limits
+    links: tuple[LinkPlan, ...]
+    """Those of its pool."""
+    seed: int
+
+    @property
+    def transports(self) -> dict[str, WireTransport]:
+        """By the pool at the other end."""
+        return {link.target if link.source == self.pool else link.source: link.transport for link in self.links}
+
+    @property
+    def lease_seconds(self) -> float:
+        """The longest of its links' leases."""
+        return max((link.lease_seconds for link in self.links), default=10.0)
+
+    @property
+    def window_frames(self) -> int:
+        """The widest of its links' windows."""
+        return max((link.window_frames for link in self.links), default=32)
+
+    @property
+    def layers_per_frame(self) -> int:
+        """The fewest of its links' layers in a frame; 0 if it has no links."""
+        return min((link.layers_per_frame for link in self.links), default=0)
+
+
+class Placement(msgspec.Struct, frozen=True, kw_only=True):
+    """Where everything of a deployment runs, on one machine."""
+
+    deployment: Deployment
+    machine: Machine
+    dtype: ComputeDtype
+    max_context: int
+    """Longest prompt plus output, in tokens, that every worker can hold."""
+    workers: tuple[WorkerPlan, ...]
+    links: tuple[LinkPlan, ...]
+    warnings: tuple[str, ...]
+    """What will work, but not as one might expect."""
+    problems: tuple[str, ...]
+    """What does not fit, and what to do. Nothing can be run unless this is empty."""
