@@ -105,7 +105,7 @@ class Choice:
         self._num_released += len(text)
 
     def _num_ready_entries(self) -> int:
-        """Tokens whose text has been released at least in part: a token's text is no way around a stop string."""
-        if self._num_released == self._num_made and not self.stopped:
+        """Tokens whose text has begun to leave: log-probabilities are no way around a stop string."""
+        if self._finder is None or (self.reason is not None and not self.stopped):
             return len(self._entries)
         return sum(entry.start < self._num_released for entry in self._entries)
