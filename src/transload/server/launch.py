@@ -17,7 +17,8 @@ from rich.console import Console
 
 from transload.control.controller import ControllerConfig
 from transload.deploy.machine import read_machine
-from transload.deploy.placement import Placement, place
+from transload.deploy.placement import place
+from transload.deploy.plan import Placement
 from transload.deploy.spec import Deployment
 from transload.model.source import ModelFiles, locate
 from transload.model.tokenizer import load_tokenizer
@@ -43,7 +44,7 @@ def serve(deployment: Deployment, *, ask: str | None = None, event_log: Path | N
 async def _serve(deployment: Deployment, console: Console, ask: str | None, event_log: Path | None) -> int:
     started = time.monotonic()
     files = await asyncio.to_thread(locate, deployment.model)
-    placement = place(deployment, read_machine(), files.arch, files.weights_bytes)
+    placement = place(deployment, read_machine(), files.arch)
     for warning in placement.warnings:
         console.print(f"[yellow]note:[/] {warning}", highlight=False)
     tokenizer = load_tokenizer(files)

@@ -1,0 +1,376 @@
+"""Real time: one controller in this process, one process for each worker, asyncio between them.
+
+The controller is touched by this event loop alone. A worker is known dead when its socket closes or when it has been
+silent too long; then its process is killed, and the controller says when to start the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+
+from transload.control.controller import Controller, ControllerConfig
+from transload.control.messages import (
+    Arrived,
+    Assignment,
+    Cancelled,
+    CancelTimer,
+    ControllerCommand,
+    ControllerEvent,
+    Finish,
+    LinkMeasured,
+    Reject,
+    Request,
+    RequestId,
+    RestartWorker,
+    SetTimer,
+    Stream,
+    TimerFired,
+    Token,
+    ToWorker,
+    WorkerGone,
+    WorkerId,
+    WorkerJoined,
+)
+from transload.deploy.plan import Placement, WorkerPlan
+from transload.errors import OverCapacity, RequestError, WorkerLost
+from transload.runtime.base import Finished, ServedModel, Waterfall
+from transload.runtime.event_log import EventLog
+from transload.runtime.records import waterfall
+from transload.runtime.remote import RemoteWorker
+from transload.runtime.wire import Assign, ConnectPeer, LinkState, Ready, Report
+
+START_SECONDS = 300.0
+"""How long the workers may take to load their model."""
+
+Observer = Callable[[ControllerEvent | ControllerCommand, float], None]
+
+
+class LiveStream:
+    """A request as its caller sees it. Holds at most the tokens of that request."""
+
+    def __init__(self, runtime: RealRuntime, request_id: RequestId) -> None:
+        self.request_id = request_id
+        self._runtime = runtime
+        self._tokens: list[Token] = []
+        self._finished: Finished | None = None
+        self._news = asyncio.Event()
+
+    def put(self, token: Token) -> None:
+        self._tokens.append(token)
+        self._news.set()
+
+    def end(self, finished: Finished) -> None:
+        self._finished = finished
+        self._news.set()
+
+    async def __aiter__(self) -> AsyncIterator[list[Token] | Finished]:
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            if self._tokens:
+                tokens, self._tokens = self._tokens, []
+                yield tokens
+            if self._finished is not None and not self._tokens:
+                yield self._finished
+                return
+
+    def stop(self) -> None:
+        self._runtime.tell(Cancelled(self.request_id, "stop"))
+
+    def cancel(self) -> None:
+        self._runtime.tell(Cancelled(self.request_id, "cancelled"))
+
+
+class RealRuntime:
+    """The `Backend` that really runs. `start` it, and whatever happens, `close` it."""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        placement: Placement,
+        config: ControllerConfig,
+        *,
+        event_log: Path | None = None,
+    ) -> None:
+        self.model = model
+        self.controller = Controller(config)
+        self._plans = {WorkerId(plan.name): plan for plan in placement.workers}
+        self.observe: Observer | None = None
+        """Called with every event before, and every command after, the controller handles it."""
+        self._event_log = event_log
+        self._log = EventLog(event_log, "controller") if event_log is not None else None
+        self._loop = asyncio.get_running_loop()
+        self._token = secrets.token_hex(16)
+        self._link_secret = secrets.token_bytes(32)
+        self._remotes: dict[WorkerId, RemoteWorker] = {}
+        self._streams: dict[RequestId, LiveStream] = {}
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._events: deque[ControllerEvent] = deque()
+        self._busy = False
+        self._closing = False
+        self._last_request = 0
+        self._server: asyncio.Server | None = None
+        self._changed = asyncio.Event()
+        self._request_ended = asyncio.Event()
+        self._restarts: set[asyncio.Task[None]] = set()
+        self._refusal: Reject | None = None
+        self.num_restarts = 0
+
+    # -- Backend ------------------------------------------------------------------------------------------------------
+
+    def next_request_id(self) -> RequestId:
+        self._last_request += 1
+        return RequestId(self._last_request)
+
+    async def submit(self, request: Request) -> LiveStream:
+        """Admit a request. Raises `OverCapacity` if too many wait, `RequestError` while shutting down."""
+        if self._closing:
+            raise RequestError("the server is shutting down", status=503, code="shutting_down")
+        stream = LiveStream(self, request.id)
+        self._streams[request.id] = stream
+        self.tell(Arrived(request))
+        refusal, self._refusal = self._refusal, None
+        if refusal is not None:
+            raise OverCapacity(refusal.message, retry_after_seconds=refusal.retry_after_seconds or 1.0)
+        return stream
+
+    def is_ready(self) -> bool:
+        return bool(self.controller.views) and not self._closing
+
+    def waterfall(self, request: RequestId) -> Waterfall | None:
+        tracked = self.controller.requests.get(request) or self.controller.ended.get(request)
+        return None if tracked is None else waterfall(tracked, time.monotonic())
+
+    def status(self) -> dict[str, object]:
+        return {
+            "workers": {name: remote.describe() for name, remote in sorted(self._remotes.items())},
+            "links": {
+                f"{source} -> {target}": {"transport": link.transport, "bytes_per_second": link.bytes_per_second}
+                for (source, target), link in self.controller.links.items()
+            },
+            "requests": len(self.controller.requests),
+            "waiting": self.controller.num_waiting,
+            "restarts": self.num_restarts,
+        }
+
+    # -- the controller -----------------------------------------------------------------------------------------------
+
+    def tell(self, event: ControllerEvent) -> None:
+        """Give the controller a fact; its commands are obeyed before the next fact is taken up."""
+        self._events.append(event)
+        if self._busy:
+            return
+        self._busy = True
+        try:
+            while self._events:
+                self._handle(self._events.popleft())
+        finally:
+            self._busy = False
+
+    def _handle(self, event: ControllerEvent) -> None:
+        now = time.monotonic()
+        if self._log is not None:
+            self._log.write(now, event)
+        if self.observe is not None:
+            self.observe(event, now)
+        assignments: dict[WorkerId, list[Assignment]] = {}
+        for command in self.controller.handle(event, now):
+            if self.observe is not None:
+                self.observe(command, now)
+            if isinstance(command, ToWorker):
+                assignments.setdefault(command.worker, []).append(command.event)
+            else:
+                self._obey(command)
+        for worker, events in assignments.items():
+            self._remotes[worker].send(Assign(tuple(events)))
+
+    def _obey(self, command: ControllerCommand) -> None:
+        match command:
+            case Stream(token):
+                self._streams[token.request].put(token)
+            case Finish():
+                self._finish(command)
+            case Reject():
+                del self._streams[command.request]
+                self._refusal = command
+            case SetTimer(key, after_seconds):
+                self._timers[key] = self._loop.call_later(after_seconds, self._timer_due, key)
+            case CancelTimer(key):
+                self._timers.pop(key).cancel()
+            case RestartWorker(worker, after_seconds):
+                self._loop.call_later(after_seconds, self._restart, worker)
+            case ToWorker():
+                raise AssertionError("assignments are sent together")
+
+    def _finish(self, finish: Finish) -> None:
+        self._request_ended.set()
+        stream = self._streams.pop(finish.request)
+        stream.end(
+            Finished(
+                reason=finish.reason,
+                num_prompt_tokens=finish.num_prompt_tokens,
+                num_outputs=finish.num_outputs,
+                num_cached_tokens=finish.num_cached_tokens,
+                error=finish.error,
+                error_code=finish.error_code,
+            )
+        )
+
+    def _timer_due(self, key: str) -> None:
+        del self._timers[key]
+        self.tell(TimerFired(key))
+
+    # -- workers ------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start the workers; return when each is ready and linked. Raises `WorkerLost` if one cannot start."""
+        self._server = await self._loop.create_server(self._accept, "127.0.0.1", 0)
+        try:
+            for name in self._plans:
+                self._remotes[name] = await self._launch(name, 1)
+            async with asyncio.timeout(START_SECONDS):
+                await self._all_ready()
+        except TimeoutError:
+            await self.close()
+            raise WorkerLost(f"the workers did not get ready within {START_SECONDS:g} s") from None
+        except BaseException:
+            await self.close()
+            raise
+
+    @property
+    def join_address(self) -> tuple[str, int]:
+        """Where workers join."""
+        assert self._server is not None
+        host, port = self._server.sockets[0].getsockname()[:2]
+        return host, port
+
+    async def _launch(self, name: WorkerId, incarnation: int) -> RemoteWorker:
+        remote = RemoteWorker(
+            self._plans[name],
+            incarnation,
+            token=self._token,
+            link_secret=self._link_secret,
+            event_log=self._event_log,
+            on_ready=self._joined,
+            on_report=self._reported,
+            on_link=self._link_changed,
+            on_gone=self._gone,
+        )
+        await remote.start(self.join_address)
+        return remote
+
+    def _accept(self) -> asyncio.Protocol:
+        return RemoteWorker.greet(self._token, self._remotes)
+
+    async def _all_ready(self) -> None:
+        """Until every worker has joined and every prefill worker can reach every decode worker."""
+        while True:
+            self._changed.clear()
+            for remote in self._remotes.values():
+                if remote.failure is not None:
+                    raise WorkerLost(f"worker {remote.name} could not start: {remote.failure}")
+            if len(self.controller.views) == len(self._plans) and self._missing_links() == 0:
+                return
+            await self._changed.wait()
+
+    def _missing_links(self) -> int:
+        return sum(pair not in self.controller.links for pair in self._pairs(list(self._plans.values())))
+
+    @staticmethod
+    def _pairs(plans: Sequence[WorkerPlan]) -> list[tuple[WorkerId, WorkerId]]:
+        """Who hands KV to whom."""
+        return [
+            (WorkerId(source.name), WorkerId(target.name))
+            for source in plans
+            if source.role == "prefill"
+            for target in plans
+            if target.role == "decode"
+        ]
+
+    def _joined(self, remote: RemoteWorker, ready: Ready) -> None:
+        plan = remote.plan
+        self.tell(
+            WorkerJoined(
+                remote.name,
+                remote.incarnation,
+                plan.pool,
+                plan.role,
+                ready.num_blocks,
+                ready.block_size,
+                ready.kv_bytes_per_token,
+            )
+        )
+        live = [other.plan for other in self._remotes.values() if other.ready is not None]
+        for source, target in self._pairs(live):
+            if remote.name in (source, target):
+                peer = self._remotes[target].ready
+                assert peer is not None
+                transport = self._plans[source].transports[self._plans[target].pool]
+                self._remotes[source].send(ConnectPeer(target, peer.address, transport))
+        self._changed.set()
+
+    def _reported(self, report: Report) -> None:
+        for event in report.events:
+            self.tell(event)
+
+    def _link_changed(self, remote: RemoteWorker, state: LinkState) -> None:
+        if remote.plan.role == "prefill":
+            self.tell(
+                LinkMeasured(remote.name, state.peer, state.transport, state.bytes_per_second, state.latency_seconds)
+            )
+        if state.problem is not None and not self._closing:
+            remote.link_problem = f"{state.peer}: {state.problem}"
+        self._changed.set()
+
+    def _gone(self, remote: RemoteWorker, reason: str) -> None:
+        self._changed.set()
+        if not self._closing and self._remotes.get(remote.name) is remote and remote.failure is None:
+            self.tell(WorkerGone(remote.name, remote.incarnation, reason))
+
+    def _restart(self, name: WorkerId) -> None:
+        if self._closing:
+            return
+        self.num_restarts += 1
+        incarnation = self._remotes[name].incarnation + 1
+
+        async def launch() -> None:
+            self._remotes[name] = await self._launch(name, incarnation)
+
+        task = self._loop.create_task(launch())
+        self._restarts.add(task)
+        task.add_done_callback(self._restarts.discard)
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    async def drain(self, timeout_seconds: float) -> None:
+        """Take no new requests and let those under way finish, up to a time; then cancel them."""
+        self._closing = True
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                while self.controller.requests:
+                    self._request_ended.clear()
+                    await self._request_ended.wait()
+        except TimeoutError:
+            pass
+        for request_id in list(self.controller.requests):
+            self.tell(Cancelled(request_id, "cancelled"))
+
+    async def close(self) -> None:
+        """Stop every worker, however it is, and free everything. Safe to call twice."""
+        self._closing = True
+        for request_id in list(self.controller.requests):
+            self.tell(Cancelled(request_id, "cancelled"))
+        for handle in self._timers.values():
+            handle.cancel()
+        self._timers.clear()
+        if self._server is not None:
+            self._server.close()
+        await asyncio.gather(*(remote.stop() for remote in self._remotes.values()))
+        if self._log is not None:
+            self._log.close()
+            self._log = None

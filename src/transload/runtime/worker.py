@@ -1,0 +1,380 @@
+"""One worker process: an Engine, a thread that runs its steps, and links to its peers.
+
+    front end --Assign--> [ Engine on the event loop ] --RunStep--> [ step thread: torch ]
+              <--Report--                               <-StepDone, LayersReady-
+                                   | SendFrame, ExpectKv, ...
+                             [ links: a thread or two per peer ]
+
+The Engine is touched by the event loop alone; the other threads hand it events. It exits when its front end is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Coroutine
+
+from transload.control.engine import Engine, EngineConfig
+from transload.control.messages import (
+    CancelSends,
+    CancelTimer,
+    EngineCommand,
+    EngineEvent,
+    EngineReport,
+    ExpectKv,
+    ForgetKv,
+    LayersReady,
+    PeerLost,
+    PeerUp,
+    RunStep,
+    SendFrame,
+    SetTimer,
+    StepFailed,
+    TimerFired,
+    ToController,
+    WorkerId,
+)
+from transload.deploy.plan import WorkerPlan
+from transload.errors import TransloadError, WorkerLost
+from transload.runtime.base import Executor
+from transload.runtime.event_log import EventLog
+from transload.runtime.wire import (
+    JOIN_SECONDS,
+    JOIN_TOKEN,
+    Alive,
+    Assign,
+    Challenge,
+    ConnectPeer,
+    Failed,
+    Join,
+    LinkState,
+    Ready,
+    Refused,
+    Report,
+    Shutdown,
+    ToWorkerFrame,
+    Welcome,
+    Wire,
+    prove,
+)
+from transload.transfer.layout import KvLayout
+from transload.transfer.link import LinkOptions
+from transload.transfer.links import LinkFailed, Links
+from transload.transfer.memory import KvMemory
+
+BuildExecutor = Callable[[WorkerPlan], "tuple[Executor, KvMemory]"]
+
+
+class StepThread(threading.Thread):
+    """Runs one step after another, so that torch stays on one thread and the event loop stays free."""
+
+    def __init__(self, executor: Executor, hand_back: Callable[[EngineEvent], None]) -> None:
+        super().__init__(name="steps", daemon=True)
+        self._executor = executor
+        self._hand_back = hand_back
+        self._steps: queue.SimpleQueue[RunStep | None] = queue.SimpleQueue()
+
+    def submit(self, step: RunStep) -> None:
+        self._steps.put(step)
+
+    def stop(self) -> None:
+        self._steps.put(None)
+
+    def run(self) -> None:
+        while (step := self._steps.get()) is not None:
+            number = step.step
+            try:
+                event: EngineEvent = self._executor.run_step(
+                    step,
+                    lambda low, high, number=number: self._hand_back(LayersReady(number, low, high)),  # type: ignore[misc]
+                )
+            except Exception as error:
+                traceback.print_exc()
+                event = StepFailed(number, f"{type(error).__name__}: {error}")
+            self._hand_back(event)
+
+
+class WorkerProcess:
+    """Everything of one worker. `run` returns when the front end is gone or says so."""
+
+    def __init__(self, join: str, name: str, token: str, build: BuildExecutor) -> None:
+        self._host, _, port = join.rpartition(":")
+        self._port = int(port)
+        self._name = WorkerId(name)
+        self._token = token
+        self._build = build
+        self._loop = asyncio.get_running_loop()
+        self._closed: asyncio.Future[str] = self._loop.create_future()
+        self._wire = Wire[ToWorkerFrame](ToWorkerFrame, self._take, self._lost)
+        self._plan: WorkerPlan | None = None
+        self._engine: Engine | None = None
+        self._steps: StepThread | None = None
+        self._links: Links | None = None
+        self._memory: KvMemory | None = None
+        self._log: EventLog | None = None
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._measured: dict[WorkerId, float] = {}
+        self._background: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> str:
+        """Join, work, and say why it ended."""
+        try:
+            async with asyncio.timeout(JOIN_SECONDS):
+                await self._loop.create_connection(lambda: self._wire, self._host, self._port)
+        except (OSError, TimeoutError) as error:
+            raise WorkerLost(f"--join {self._host}:{self._port}: no front end answers there ({error})") from error
+        try:
+            return await self._closed
+        finally:
+            self._close()
+
+    # -- the front end's words ----------------------------------------------------------------------------------------
+
+    def _take(self, frame: ToWorkerFrame) -> None:
+        match frame:
+            case Assign(events):
+                for event in events:
+                    self._handle(event)
+            case Challenge(nonce):
+                self._wire.send(Join(self._name, prove(self._token, nonce, self._name), os.getpid()))
+            case Welcome():
+                self._spawn(self._start(frame))
+            case ConnectPeer(peer, address, transport):
+                assert self._links is not None
+                self._links.connect(peer, address, transport)
+            case Shutdown():
+                self._end("the front end has shut down")
+            case Refused(reason):
+                self._end(f"refused: {reason}")
+
+    def _lost(self, reason: str) -> None:
+        self._end(f"lost the front end: {reason}")
+
+    def stop(self, reason: str) -> None:
+        """End for a reason of this process's own."""
+        self._end(reason)
+
+    def _end(self, reason: str) -> None:
+        if not self._closed.done():
+            self._closed.set_result(reason)
+
+    def _spawn(self, coroutine: Coroutine[object, object, None]) -> None:
+        task = self._loop.create_task(coroutine)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    # -- start --------------------------------------------------------------------------------------------------------
+
+    async def _start(self, welcome: Welcome) -> None:
+        self._plan = plan = welcome.plan
+        self._spawn(self._stay_alive())
+        started = time.monotonic()
+        if plan.cores:
+            os.sched_setaffinity(0, plan.cores)
+        try:
+            executor, memory = await asyncio.to_thread(self._build, plan)
+        except TransloadError as error:
+            self._fail(str(error))
+            return
+        except Exception as error:
+            traceback.print_exc()
+            self._fail(f"{type(error).__name__}: {error}")
+            return
+        if self._closed.done():
+            return
+        self._memory = memory
+        self._open(welcome, plan, executor, memory)
+        assert self._links is not None
+        layout = executor.layout
+        self._wire.send(
+            Ready(
+                num_blocks=executor.num_blocks,
+                block_size=layout.block_size,
+                kv_bytes_per_token=layout.block_bytes // layout.block_size,
+                layout_digest=layout.digest,
+                dtype=layout.dtype,
+                address=self._links.address,
+                load_seconds=time.monotonic() - started,
+                memory_bytes=resident_bytes(),
+            )
+        )
+
+    def _open(self, welcome: Welcome, plan: WorkerPlan, executor: Executor, memory: KvMemory) -> None:
+        layout = executor.layout
+        if welcome.event_log is not None:
+            self._log = EventLog(welcome.event_log, self._name, welcome.incarnation)
+        self._engine = Engine(engine_config(plan, layout, executor.num_blocks, welcome.incarnation))
+        self._steps = StepThread(executor, self._hand_over)
+        self._steps.start()
+        local = self._wire.local_host or "127.0.0.1"
+        self._links = Links(
+            me=self._name,
+            incarnation=welcome.incarnation,
+            layout=layout,
+            memory=memory,
+            secret=welcome.link_secret,
+            deliver=self._hand_over,
+            report=self._hand_over_failure,
+            bind_host=local,
+            options=LinkOptions(window_frames=plan.window_frames),
+        )
+
+    def _fail(self, reason: str) -> None:
+        self._wire.send(Failed(reason))
+        self._end(reason)
+
+    async def _stay_alive(self) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            self._wire.send(Alive())
+            self._report_links()
+
+    # -- the engine ---------------------------------------------------------------------------------------------------
+
+    def _hand_over(self, event: EngineEvent) -> None:
+        """From any thread: let the event loop give this to the engine."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended: so has this worker
+            self._loop.call_soon_threadsafe(self._handle, event)
+
+    def _handle(self, event: EngineEvent) -> None:
+        engine = self._engine
+        if engine is None or self._closed.done():
+            return
+        now = time.monotonic()
+        if self._log is not None:
+            self._log.write(now, event)
+        reports: list[EngineReport] = []
+        for command in engine.handle(event, now):
+            self._obey(command, reports)
+        if isinstance(event, PeerUp | PeerLost):
+            self._link_changed(event)
+        if reports:
+            self._wire.send(Report(tuple(reports)))
+
+    def _obey(self, command: EngineCommand, reports: list[EngineReport]) -> None:
+        assert self._links is not None
+        match command:
+            case ToController(event):
+                reports.append(event)  # type: ignore[arg-type]
+            case RunStep():
+                assert self._steps is not None
+                self._steps.submit(command)
+            case SendFrame():
+                self._links.send(command)
+            case ExpectKv():
+                self._links.expect(command)
+            case ForgetKv():
+                self._links.forget(command)
+            case CancelSends():
+                self._links.cancel_sends(command)
+            case SetTimer(key, after_seconds):
+                self._cancel_timer(key)
+                self._timers[key] = self._loop.call_later(after_seconds, self._timer_due, key)
+            case CancelTimer(key):
+                self._cancel_timer(key)
+
+    def _cancel_timer(self, key: str) -> None:
+        handle = self._timers.pop(key, None)
+        if handle is not None:
+            handle.cancel()
+
+    def _timer_due(self, key: str) -> None:
+        self._timers.pop(key, None)
+        self._handle(TimerFired(key))
+
+    def _hand_over_failure(self, failed: LinkFailed) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._link_failed, failed)
+
+    # -- links --------------------------------------------------------------------------------------------------------
+
+    def _link_changed(self, event: PeerUp | PeerLost) -> None:
+        match event:
+            case PeerUp(peer, one_sided):
+                self._measured[peer] = 0.0
+                transport, rate = ("shm", 8e9) if one_sided else ("tcp", 1e9)
+                self._wire.send(LinkState(peer, transport, rate, 2e-4))
+            case PeerLost(peer):
+                self._measured.pop(peer, None)
+                self._wire.send(LinkState(peer, "", 0.0, 0.0, "the link was lost"))
+
+    def _link_failed(self, failed: LinkFailed) -> None:
+        """A link that did not come up, or broke: the front end shows it, and stops routing over it."""
+        peer = failed.peer or WorkerId("unknown")
+        self._wire.send(LinkState(peer, "", 0.0, 0.0, failed.reason))
+
+    def _report_links(self) -> None:
+        """Tell the router what the links have given lately."""
+        if self._links is None:
+            return
+        for stats in self._links.stats():
+            if stats.peer in self._measured and stats.sent.num_bytes != self._measured[stats.peer]:
+                self._measured[stats.peer] = stats.sent.num_bytes
+                self._wire.send(LinkState(stats.peer, stats.transport, stats.sent.bytes_per_second, 2e-4))
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def _close(self) -> None:
+        for task in self._background:
+            task.cancel()
+        for key in list(self._timers):
+            self._cancel_timer(key)
+        if self._steps is not None:
+            self._steps.stop()
+        if self._links is not None:
+            self._links.close(2.0)
+        if self._log is not None:
+            self._log.close()
+        self._wire.close()
+
+
+def engine_config(plan: WorkerPlan, layout: KvLayout, num_blocks: int, incarnation: int) -> EngineConfig:
+    """What the Engine of this plan is told."""
+    return EngineConfig(
+        worker=WorkerId(plan.name),
+        num_blocks=num_blocks,
+        block_size=layout.block_size,
+        num_layers=layout.num_layers,
+        cell_bytes=layout.cell_bytes,
+        namespace=layout.digest,
+        max_batch=plan.limits.max_batch,
+        step_tokens=plan.limits.step_tokens,
+        lease_seconds=plan.lease_seconds,
+        seed=int.from_bytes(os.urandom(8)) ^ incarnation,
+    )
+
+
+def resident_bytes() -> int:
+    """Memory this process holds now; 0 where /proc is not there."""
+    try:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def main(join: str, name: str) -> int:
+    """Entry of `transload worker`: run until the front end is gone. Returns the exit code."""
+    from transload.model.load import build_executor
+
+    token = os.environ.pop(JOIN_TOKEN, "")
+    sys.setswitchinterval(0.0005)  # the step thread and the event loop share the interpreter: give way quickly
+
+    async def work() -> str:
+        worker = WorkerProcess(join, name, token, build_executor)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, worker.stop, f"received {signal.Signals(number).name}")
+        return await worker.run()
+
+    reason = asyncio.run(work())
+    print(f"{name}: {reason}", file=sys.stderr)  # noqa: T201 - the worker's one line to its terminal
+    sys.stderr.flush()
+    os._exit(0 if reason == "the front end has shut down" else 1)  # torch's threads have nothing left to say
