@@ -19,8 +19,9 @@ from transload.transfer.layout import KvLayout
 
 Rows = npt.NDArray[np.intp]
 
-BATCH_BYTES = 1 << 20  # of cells handled at once: small enough for a core's own cache, large enough to let the GIL go
-_LOOP_CELL_BYTES = 32 << 10  # from here on a call a cell costs less than the detour through a scratch buffer
+_BATCH_BYTES = 512 << 10  # handled at once: small enough for a core's own cache, large enough to let the GIL go
+_LOOP_CELL_BYTES = 64 << 10  # from here on a call a cell costs less than the detour through a scratch buffer
+_LOOP_BATCH_BYTES = 256 << 10  # copied before the checksum comes by: both sides of it fit the core's cache
 
 
 class Cells:
@@ -38,13 +39,14 @@ class Cells:
 
     def rows(self, layer_lo: int, layer_hi: int, blocks: Sequence[int]) -> Rows:
         """Rows of these layers of these blocks, in checksum order. Raises `HandoffError` if any is not in the pool."""
-        ids = np.array(blocks, np.intp)
         if not 0 <= layer_lo < layer_hi <= self.layout.num_layers:
             raise HandoffError(f"layers {layer_lo}..{layer_hi}: the cache has layers 0..{self.layout.num_layers}")
-        if ids.size == 0 or ids.min() < 0 or ids.max() >= self.num_blocks:
+        if not blocks or min(blocks) < 0 or max(blocks) >= self.num_blocks:
             raise HandoffError(f"blocks {blocks!r:.80}: the pool has blocks 0..{self.num_blocks}, and one is the least")
-        layers = np.arange(layer_lo, layer_hi, dtype=np.intp)[:, None]
-        return (ids * self.layout.num_layers + layers).ravel()
+        first = np.array(blocks, np.intp) * self.layout.num_layers
+        if layer_hi == layer_lo + 1:
+            return first + layer_lo
+        return (first + np.arange(layer_lo, layer_hi, dtype=np.intp)[:, None]).ravel()
 
     def views(self, rows: Rows) -> list[memoryview]:
         """The cells as buffers for `sendmsg` and `recvmsg_into`."""
@@ -63,46 +65,43 @@ class CellMover:
     def __init__(self, cell_bytes: int) -> None:
         self.checksum_seconds = 0.0
         """Time spent on checksums so far, of all that this mover did."""
-        self.batch_rows = max(1, BATCH_BYTES // cell_bytes)
         self._in_loop = cell_bytes >= _LOOP_CELL_BYTES
+        self.batch_rows = max(1, (_LOOP_BATCH_BYTES if self._in_loop else _BATCH_BYTES) // cell_bytes)
         self._scratch = np.empty((0 if self._in_loop else self.batch_rows, cell_bytes), np.uint8)
 
     def batches(self, rows: Rows) -> Iterator[Rows]:
-        """The rows in runs of about `BATCH_BYTES`."""
+        """The rows in runs of at most half a megabyte, or one cell."""
         for start in range(0, len(rows), self.batch_rows):
             yield rows[start : start + self.batch_rows]
 
     def copy(self, source: Cells, rows: Rows, target: Cells, target_rows: Rows) -> int:
         """Copy cells into another pool and return the checksum of what they were here."""
         checksum = xxhash.xxh3_64()
-        if self._in_loop:
-            for row, target_row in zip(rows.tolist(), target_rows.tolist(), strict=True):
-                cell = source.matrix[row]
-                target.matrix[target_row] = cell
-                self._update(checksum, cell)
-            return checksum.intdigest()
-        # Gather and scatter run without the GIL; a loop of slices would keep it and is hardly faster.
+        of, to = source.matrix, target.matrix
         for batch, target_batch in zip(self.batches(rows), self.batches(target_rows), strict=True):
-            cells = self._gather(source, batch)
-            self._update(checksum, cells)
-            target.matrix[target_batch] = cells
+            if self._in_loop:
+                for row, target_row in zip(batch.tolist(), target_batch.tolist(), strict=True):
+                    to[target_row] = of[row]
+                self.update(checksum, source.views(batch))
+            else:
+                # Gather and scatter run without the GIL; a loop of slices would keep it and is hardly faster.
+                gathered = self._gather(source, batch)
+                self.update(checksum, [gathered.data])
+                to[target_batch] = gathered
         return checksum.intdigest()
 
     def checksum(self, cells: Cells, rows: Rows) -> int:
         """xxh3-64 over cells as they lie in memory now."""
+        started = time.perf_counter()
         checksum = xxhash.xxh3_64()
-        if self._in_loop:
-            for row in rows.tolist():
-                self._update(checksum, cells.matrix[row])
-        else:
-            for batch in self.batches(rows):
-                started = time.perf_counter()
-                checksum.update(self._gather(cells, batch).data)
-                self.checksum_seconds += time.perf_counter() - started
+        for batch in self.batches(rows):
+            for view in cells.views(batch) if self._in_loop else (self._gather(cells, batch).data,):
+                checksum.update(view)
+        self.checksum_seconds += time.perf_counter() - started
         return checksum.intdigest()
 
     def update(self, checksum: xxhash.xxh3_64, views: Sequence[memoryview]) -> None:
-        """Add a batch of cells that has just passed through a socket and is still warm."""
+        """Add cells that are on their way through this core's cache."""
         started = time.perf_counter()
         for view in views:
             checksum.update(view)
@@ -113,8 +112,3 @@ class CellMover:
         # mode="clip" because the default mode copies once more; `Cells.rows` has checked the range.
         np.take(cells.matrix, rows, axis=0, out=gathered, mode="clip")
         return gathered
-
-    def _update(self, checksum: xxhash.xxh3_64, cells: npt.NDArray[np.uint8]) -> None:
-        started = time.perf_counter()
-        checksum.update(cells.data)
-        self.checksum_seconds += time.perf_counter() - started
