@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
 import msgspec
+import numpy as np
 import pytest
 from transformers import AutoConfig
 
+from tests.model.tiny_gguf import dimensions, write_gguf
 from tests.model.tiny_models import CONFIGS, SHAPE, saved, tiny_model
 from transload.arch import Rope
 from transload.deploy.spec import DEFAULT_MODEL, ModelSpec
 from transload.errors import CheckpointError
-from transload.model import embedded
+from transload.model import embedded, hub
 from transload.model.hf_config import context_length, read_arch
 from transload.model.source import DEFAULT_ARCH, locate
 
@@ -275,6 +279,34 @@ def test_a_hub_model_is_taken_from_the_hubs_cache_when_offline(folder: Path, off
 def test_a_hub_model_that_cannot_be_had_says_what_to_do(offline_hub: Path) -> None:
     with pytest.raises(CheckpointError, match=r"someone/absent.*not in the local cache.*HF_HUB_OFFLINE"):
         locate(ModelSpec(path="someone/absent"))
+
+
+def test_one_gguf_file_of_a_hub_model_can_be_named(tmp_path: Path, offline_hub: Path) -> None:
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    rows = np.zeros((320, 64), dtype=np.float32)
+    write_gguf(folder / "tiny-Q8_0.gguf", {"token_embd.weight": (rows, "Q8_0")}, fill=dimensions())
+    hub_cache(offline_hub, folder, "someone/tiny-GGUF", "b" * 40)
+    with pytest.raises(CheckpointError, match=r"tiny-Q8_0\.gguf.*missing"):  # found, and read as far as it goes
+        locate(ModelSpec(path="someone/tiny-GGUF/tiny-Q8_0.gguf"))
+
+
+@pytest.mark.parametrize("path", ["someone/../../etc/x.gguf", "a/b/c", "/a/b", "a b/c"])
+def test_a_path_that_is_no_hub_id_never_reaches_the_hub(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "fetch_from_hub", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        locate(ModelSpec(path=path))
+
+
+def test_one_file_of_a_folder_is_refused_with_what_to_name_instead(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="name its folder"):
+        locate(ModelSpec(path=str(folder / "model.safetensors")))
+
+
+@pytest.mark.parametrize("module", ["source", "tokenizer", "detokenizer"])
+def test_the_front_end_can_use_it_without_torch(module: str) -> None:
+    code = f"import sys, transload.model.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
 def test_an_incomplete_hub_snapshot_is_refused(folder: Path, offline_hub: Path) -> None:

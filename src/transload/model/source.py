@@ -87,6 +87,8 @@ def locate(spec: ModelSpec, *, progress: Progress | None = None) -> ModelFiles:
             )
         path = hub.fetch_from_hub(spec.path, spec.revision, weights=not dummy)
         name = spec.path
+    if path.suffix == ".safetensors" and path.is_file():
+        raise CheckpointError(f"{path}: one file of a model; name its folder, which has config.json too")
     if path.is_file():
         files = _from_gguf(path, name=name.removesuffix(".gguf"))
         return _dummy(files.arch, folder=None, tokenizer_gguf=path) if dummy else files
