@@ -92,7 +92,13 @@ def test_single_tokens_have_exact_bytes() -> None:
     assert pieces.token_bytes(3 + 0x0A) == b"\n"
     piece = next(piece for piece in sorted(RAW["sentencepiece"].get_vocab()) if "▁" in piece[1:-1])
     assert pieces.token_text(id_of("sentencepiece", piece)) == piece.replace("▁", " ")
-    assert pieces.token_bytes(10**9) == pieces.token_bytes(-1) == b""
+
+
+def test_numbers_that_are_no_tokens_have_no_bytes_and_take_no_memory() -> None:
+    table = TOKENIZERS["byte_level"].token_table
+    before = len(table._known)
+    assert all(table[number] == b"" for number in (-1, 10**6, 2**31, 2**32, 10**30))
+    assert len(table._known) == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------

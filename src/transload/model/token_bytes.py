@@ -36,14 +36,15 @@ class TokenBytes:
     def __getitem__(self, token_id: int) -> bytes:
         """The token's bytes; none if there is no such token (models have more rows than tokens)."""
         known = self._known.get(token_id)
-        if known is None:
-            known = self._known[token_id] = self._look_up(token_id)
-        return known
-
-    def _look_up(self, token_id: int) -> bytes:
+        if known is not None:
+            return known
         token = self._tokenizer.id_to_token(token_id) if 0 <= token_id < 1 << 32 else None
-        if token is None:
+        if token is None:  # not remembered: callers may ask for any number
             return b""
+        found = self._known[token_id] = self._bytes_of(token)
+        return found
+
+    def _bytes_of(self, token: str) -> bytes:
         if self.scheme == "byte_level":
             try:
                 return bytes([_byte_of()[character] for character in token])
