@@ -21,9 +21,9 @@ class Override(msgspec.Struct, frozen=True):
     where: str
 
 
-def parse_override(text: str) -> Override:
-    """Read the argument of `--set`. Raises `DeploymentError`."""
-    where = f"--set {text}"
+def parse_override(text: str, *, where: str | None = None) -> Override:
+    """Read the argument of `--set`; `where` if it was another flag's. Raises `DeploymentError`."""
+    where = where or f"--set {text}"
     path, equals, value = text.partition("=")
     steps = tuple(path.strip().replace("[", ".").replace("]", "").split("."))
     if not equals or not all(_STEP.fullmatch(step) for step in steps):

@@ -157,6 +157,7 @@ class _Planner:
             pool=pool.name,
             role=pool.role,
             device=device,
+            starts_here=pool.start == "here",
             threads=pool.threads,
             cores=cores,
             model=self.deployment.model,

@@ -36,6 +36,8 @@ class WorkerPlan(msgspec.Struct, frozen=True, kw_only=True):
     role: Role
     device: str
     """cpu or cuda:N."""
+    starts_here: bool
+    """Whether the server starts its process."""
     threads: int
     cores: tuple[int, ...]
     """To be pinned to; none: not pinned."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,12 +13,16 @@ from transload.deploy.topology import DEFAULT_TOPOLOGY, parse_topology
 from transload.deploy.tree import plant
 from transload.errors import DeploymentError
 
+_SHORTHAND = re.compile(r"([0-9]+[a-z]+)+", re.IGNORECASE)
+
 
 def resolve(file: Path | None = None, topology: str | None = None, overrides: Sequence[Override] = ()) -> Deployment:
     """Without file and topology: one prefill and one decode worker on CPU. Raises `DeploymentError`."""
     if file is not None and topology is not None:
         raise DeploymentError(f"--topology {topology}: {file} says already what runs where; give one of the two")
     if file is not None:
+        if _SHORTHAND.fullmatch(str(file)) and not file.exists():
+            raise DeploymentError(f"{file}: no such file; if you mean the shorthand, say --topology {file}")
         tree = read(file)
     else:
         shorthand = topology or DEFAULT_TOPOLOGY

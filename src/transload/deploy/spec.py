@@ -60,6 +60,8 @@ class Pool(Part, frozen=True, kw_only=True):
     name: Name
     role: Role
     workers: Count = 1
+    start: Literal["here", "elsewhere"] = "here"
+    """here: the server starts the workers. elsewhere: they are started by hand, `transload worker --join HOST:PORT`."""
     device: Device = "cpu"
     """cpu, cuda, or cuda:N."""
     threads: Count = 1
@@ -109,6 +111,9 @@ class Server(Part, frozen=True, kw_only=True):
     host: Text = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65_535)] = 8000
     """0: any free one."""
+    join_host: Text = "127.0.0.1"
+    """Where workers join; an address of this host that workers elsewhere can reach."""
+    join_port: Annotated[int, Meta(ge=0, le=65_535)] = 0
     api_keys: tuple[Text, ...] = ()
     """If any: every call must carry one (Authorization: Bearer ...)."""
     max_waiting: Annotated[int, Meta(ge=1, le=2**20)] = 256

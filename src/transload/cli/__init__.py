@@ -1,0 +1,75 @@
+"""The `transload` command: one file a subcommand, each with `add_parser(subparsers)` and `run(args) -> int`.
+
+Exit codes: 0 done, 1 the work failed, 2 what was asked for cannot be done as asked, 130 Ctrl-C. Nothing heavy is
+imported before it is known what to do: `transload --help` must be instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from transload import __version__
+from transload.cli import bench, chat, doctor, explain, serve, worker
+from transload.errors import TransloadError
+
+COMMANDS = (serve, chat, bench, explain, doctor, worker)
+EXAMPLES = """\
+examples:
+  transload serve                                one prefill and one decode worker on this machine
+  transload serve deployments/2p1d.yaml          what the file says
+  transload serve --topology 1agg --port 9000    shorthand
+  transload chat                                 talk to it
+  transload explain deployments/2p1d.yaml        what would run where, and whether it fits
+  transload doctor                               what this machine can do
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains in one form, and about unknown subcommands with the one that was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if unknown is not None:
+            close = difflib.get_close_matches(unknown[1], re.findall(r"[a-z_0-9-]+", unknown[2]), n=1)
+            message += f"; did you mean {close[0]}?" if close else ""
+        self.exit(2, f"{self.prog}: error: {message}\nTry: {self.prog} --help\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All subcommands and flags."""
+    parser = _Parser(
+        prog="transload",
+        description="Disaggregated LLM inference: prefill here, decode there.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"transload {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="command")
+    for command in COMMANDS:
+        command.add_parser(subparsers)
+    for each in (parser, *subparsers.choices.values()):
+        each.allow_abbrev = False  # a flag that is added later must not change what an old command line means
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code. Errors meant for people go to stderr without a traceback."""
+    args = build_parser().parse_args(argv)
+    try:
+        code = int(args.run(args))
+        sys.stdout.flush()
+    except TransloadError as error:
+        sys.stderr.write(f"transload {args.command}: error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has left, such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains once more when it exits
+        return 1
+    return code
