@@ -129,8 +129,7 @@ class _Planner:
             for p, pool in enumerate(self.deployment.pools)
             for index in range(pool.workers)
         ]
-        if not self.problems:
-            self._check_memory(workers)
+        self._check_memory(workers)
         return Placement(
             deployment=self.deployment,
             machine=self.machine,

@@ -7,6 +7,7 @@ silent too long; then its process is killed, and the controller says when to sta
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import time
 from collections import deque
@@ -42,7 +43,7 @@ from transload.runtime.base import Finished, ServedModel, Waterfall
 from transload.runtime.event_log import EventLog
 from transload.runtime.records import waterfall
 from transload.runtime.remote import RemoteWorker
-from transload.runtime.wire import Assign, ConnectPeer, LinkState, Ready, Report
+from transload.runtime.wire import JOIN_TOKEN, Assign, ConnectPeer, LinkState, Ready, Report
 
 START_SECONDS = 300.0
 """How long the workers may take to load their model."""
@@ -95,9 +96,12 @@ class RealRuntime:
         placement: Placement,
         config: ControllerConfig,
         *,
+        join: tuple[str, int] = ("127.0.0.1", 0),
         event_log: Path | None = None,
     ) -> None:
+        """`join`: address and port where workers join."""
         self.model = model
+        self._join = join
         self.controller = Controller(config)
         self._plans = {WorkerId(plan.name): plan for plan in placement.workers}
         self.observe: Observer | None = None
@@ -105,7 +109,7 @@ class RealRuntime:
         self._event_log = event_log
         self._log = EventLog(event_log, "controller") if event_log is not None else None
         self._loop = asyncio.get_running_loop()
-        self._token = secrets.token_hex(16)
+        self._token = os.environ.get(JOIN_TOKEN) or secrets.token_hex(16)
         self._link_secret = secrets.token_bytes(32)
         self._remotes: dict[WorkerId, RemoteWorker] = {}
         self._streams: dict[RequestId, LiveStream] = {}
@@ -227,9 +231,12 @@ class RealRuntime:
 
     # -- workers ------------------------------------------------------------------------------------------------------
 
-    async def start(self) -> None:
-        """Start the workers; return when each is ready and linked. Raises `WorkerLost` if one cannot start."""
-        self._server = await self._loop.create_server(self._accept, "127.0.0.1", 0)
+    async def start(self, *, listening: Callable[[], None] | None = None) -> None:
+        """Start the workers; return when each is ready and linked. `listening` is called once workers can join.
+        Raises `WorkerLost` if one cannot start."""
+        self._server = await self._loop.create_server(self._accept, *self._join)
+        if listening is not None:
+            listening()
         try:
             for name in self._plans:
                 self._remotes[name] = await self._launch(name, 1)
@@ -241,6 +248,15 @@ class RealRuntime:
         except BaseException:
             await self.close()
             raise
+
+    def join_commands(self) -> list[str]:
+        """How to start the workers that are not started here."""
+        host, port = self.join_address
+        return [
+            f"{JOIN_TOKEN}={self._token} transload worker --join {host}:{port} --name {plan.name}"
+            for plan in self._plans.values()
+            if not plan.starts_here
+        ]
 
     @property
     def join_address(self) -> tuple[str, int]:

@@ -73,13 +73,16 @@ class RemoteWorker:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self, join: tuple[str, int]) -> None:
-        """Start the process; it joins on its own."""
+        """Start the process, unless somebody else does; it joins on its own."""
+        self._tasks = [asyncio.create_task(self._watch_silence())]
+        if not self.plan.starts_here:
+            return
         environment = {**os.environ, JOIN_TOKEN: self._token, "OMP_NUM_THREADS": str(self.plan.threads)}
         arguments = ["-m", "transload", "worker", "--join", f"{join[0]}:{join[1]}", "--name", self.name]
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, *arguments, env=environment, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
         )
-        self._tasks = [asyncio.create_task(self._watch_process()), asyncio.create_task(self._watch_silence())]
+        self._tasks.append(asyncio.create_task(self._watch_process()))
 
     @staticmethod
     def greet(token: str, remotes: Mapping[WorkerId, RemoteWorker]) -> asyncio.Protocol:
@@ -144,10 +147,12 @@ class RemoteWorker:
         self._on_gone(self, reason)
 
     def kill(self) -> None:
-        """End the process at once."""
+        """End the process at once, or its connection if it is not ours."""
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
+        elif self._process is None and self._wire is not None:
+            self._wire.close("given up")
 
     async def _watch_process(self) -> None:
         assert self._process is not None
@@ -166,15 +171,16 @@ class RemoteWorker:
 
     async def stop(self) -> None:
         """Ask it to leave, then make sure that it has."""
-        if self._process is None:
-            return
         self.send(Shutdown())
-        try:
-            async with asyncio.timeout(STOP_SECONDS):
+        if self._process is not None:
+            try:
+                async with asyncio.timeout(STOP_SECONDS):
+                    await self._process.wait()
+            except TimeoutError:
+                self.kill()
                 await self._process.wait()
-        except TimeoutError:
-            self.kill()
-            await self._process.wait()
+        elif self._wire is not None:
+            self._wire.close()
         self._gone = True
         for task in self._tasks:
             task.cancel()

@@ -28,112 +28,123 @@ from transload.server.app import create_app
 from transload.server.feed import MetricsFeed
 from transload.server.metrics import Metrics
 from transload.server.serve import serve_http
+from transload.study.ask import ask_once
 from transload.transfer.layout import kv_layout
 
 GRACE_SECONDS = 10.0
 """How long running requests may go on after the first signal; a second signal ends them."""
 
 
-def serve(deployment: Deployment, *, ask: str | None = None, event_log: Path | None = None) -> int:
-    """Serve until a signal comes. `ask` sends one chat request as soon as the server is ready. Returns the exit
-    code. Raises `TransloadError` if it cannot be started."""
+def serve(deployment: Deployment, *, ask: str | None = None, once: bool = False, event_log: Path | None = None) -> int:
+    """Serve until a signal comes. `ask` sends one chat request as soon as the server is ready; with `once` the server
+    stops after it. Returns the exit code. Raises `TransloadError` if it cannot be started."""
     console = Console(stderr=True)
-    return asyncio.run(_serve(deployment, console, ask, event_log))
+    return asyncio.run(_Serving(deployment, console, ask, once=once, event_log=event_log).run())
 
 
-async def _serve(deployment: Deployment, console: Console, ask: str | None, event_log: Path | None) -> int:
-    started = time.monotonic()
-    files = await asyncio.to_thread(locate, deployment.model)
-    placement = place(deployment, read_machine(), files.arch)
-    for warning in placement.warnings:
-        console.print(f"[yellow]note:[/] {warning}", highlight=False)
-    tokenizer = load_tokenizer(files)
-    model = served_model(deployment, placement, files)
-    metrics = Metrics()
-    stop = asyncio.Event()
-    with _signals(stop, console):
-        runtime = RealRuntime(model, placement, controller_config(deployment), event_log=event_log)
-        runtime.observe = MetricsFeed(metrics, runtime.controller)
-        names = ", ".join(plan.name for plan in placement.workers)
-        with console.status(f"starting {names}: loading {model.name} ({model.dtype})"):
-            if not await _enter(runtime, stop):
+class _Serving:
+    """One run of `transload serve`."""
+
+    def __init__(
+        self, deployment: Deployment, console: Console, ask: str | None, *, once: bool, event_log: Path | None
+    ) -> None:
+        self._deployment = deployment
+        self._console = console
+        self._ask = ask
+        self._once = once
+        self._event_log = event_log
+        self._began = time.monotonic()
+        self._stop = asyncio.Event()
+        self._asking: asyncio.Task[int] | None = None
+
+    async def run(self) -> int:
+        deployment = self._deployment
+        files = await asyncio.to_thread(locate, deployment.model)
+        placement = place(deployment, read_machine(), files.arch)
+        for warning in placement.warnings:
+            self._say(f"[yellow]note:[/] {warning}")
+        tokenizer = load_tokenizer(files)
+        model = served_model(deployment, placement, files)
+        metrics = Metrics()
+        with self._signals():
+            join = deployment.server.join_host, deployment.server.join_port
+            config = controller_config(deployment)
+            runtime = RealRuntime(model, placement, config, join=join, event_log=self._event_log)
+            runtime.observe = MetricsFeed(metrics, runtime.controller)
+            if not await self._start(runtime, placement):
                 return 130
+            try:
+                app = create_app(runtime, tokenizer, deployment.server, deployment.seed, metrics=metrics)
+                await serve_http(
+                    app, deployment.server, started=self._started, stop=self._stop, grace_seconds=GRACE_SECONDS
+                )
+            finally:
+                await runtime.close()
+                self._say("stopped: every worker is gone")
+        return self._asking.result() if self._asking is not None and self._asking.done() else 0
+
+    async def _start(self, runtime: RealRuntime, placement: Placement) -> bool:
+        """Start the workers. False: a signal came first, and nothing is left."""
+        names = ", ".join(plan.name for plan in placement.workers)
+        starting = asyncio.create_task(runtime.start(listening=lambda: self._show_joins(runtime)))
+        stopping = asyncio.create_task(self._stop.wait())
+        with self._console.status(f"starting {names}: loading {runtime.model.name} ({runtime.model.dtype})"):
+            await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if starting.done():
+            await starting
+            return True
+        starting.cancel()
+        await asyncio.wait({starting})
+        await runtime.close()
+        return False
+
+    def _show_joins(self, runtime: RealRuntime) -> None:
+        for command in runtime.join_commands():
+            self._say(f"waiting for a worker; start it with:\n  {command}")
+
+    def _started(self, host: str, port: int) -> None:
+        shown = f"[{host}]" if ":" in host else host
+        url = f"http://{shown}:{port}"
+        self._say(f"[green]ready[/] in {time.monotonic() - self._began:.1f} s at {url}")
+        body = '{"model": "default", "messages": [{"role": "user", "content": "Hello!"}]}'
+        self._say(f"  try:  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'")
+        self._say(f"  or:   transload chat {url}")
+        if self._ask is not None:
+            self._asking = asyncio.create_task(self._answer(url, self._ask))
+
+    async def _answer(self, url: str, text: str) -> int:
+        """The first question, asked over HTTP like any other."""
+        console = Console()
+        console.print(f"\n[bold]{text}[/]", highlight=False)
+        api_keys = self._deployment.server.api_keys
         try:
-            app = create_app(runtime, tokenizer, deployment.server, deployment.seed, metrics=metrics)
-            await serve_http(
-                app,
-                deployment.server,
-                started=lambda host, port: _started(console, model, host, port, started, ask),
-                stop=stop,
-                grace_seconds=GRACE_SECONDS,
-            )
+            return await asyncio.to_thread(ask_once, url, text, console, api_key=api_keys[0] if api_keys else None)
         finally:
-            await runtime.close()
-            console.print("stopped: every worker is gone", highlight=False)
-    return 0
+            if self._once:
+                self._stop.set()
 
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM stops in order; a second one ends running requests at once."""
+        loop = asyncio.get_running_loop()
 
-async def _enter(runtime: RealRuntime, stop: asyncio.Event) -> bool:
-    """Start the workers. False: a signal came first, and nothing is left."""
-    starting = asyncio.create_task(runtime.start())
-    stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
-    if starting.done():
-        await starting
-        return True
-    starting.cancel()
-    await asyncio.wait({starting})
-    await runtime.close()
-    return False
+        def received(name: str) -> None:
+            if self._stop.is_set():
+                raise KeyboardInterrupt
+            self._say(f"{name}: finishing what runs, at most {GRACE_SECONDS:g} s; again to end at once")
+            self._stop.set()
 
-
-@contextlib.contextmanager
-def _signals(stop: asyncio.Event, console: Console) -> Iterator[None]:
-    """The first SIGINT or SIGTERM stops in order; a second one is left to Python."""
-    loop = asyncio.get_running_loop()
-
-    def first(name: str) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
-        console.print(
-            f"{name}: finishing what runs, at most {GRACE_SECONDS:g} s; again to end at once", highlight=False
-        )
-        stop.set()
+            loop.add_signal_handler(number, received, number.name)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, first, number.name)
-    try:
-        yield
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
-
-
-def _started(console: Console, model: ServedModel, host: str, port: int, began: float, ask: str | None) -> None:
-    shown = f"[{host}]" if ":" in host else host
-    url = f"http://{shown}:{port}"
-    console.print(f"[green]ready[/] in {time.monotonic() - began:.1f} s: {model.name} at {url}", highlight=False)
-    body = '{"model": "default", "messages": [{"role": "user", "content": "Hello!"}]}'
-    console.print(
-        f"  try:  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'", highlight=False
-    )
-    console.print(f"  or:   transload chat {url}", highlight=False)
-    if ask is not None:
-        task = asyncio.get_running_loop().create_task(asyncio.to_thread(_ask, url, ask))
-        _ASKED.add(task)
-        task.add_done_callback(_ASKED.discard)
-
-
-_ASKED: set[asyncio.Task[None]] = set()
-
-
-def _ask(url: str, text: str) -> None:
-    from transload.study.ask import ask_once
-
-    console = Console()
-    console.print(f"\n[bold]{text}[/]", highlight=False)
-    ask_once(url, text, console)
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True)
 
 
 def controller_config(deployment: Deployment) -> ControllerConfig:
