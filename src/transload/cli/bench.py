@@ -8,13 +8,13 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from transload.errors import DeploymentError
+from transload.units import parse_seconds
 
 if TYPE_CHECKING:
     from transload.study.workload import Arrivals, Lengths, Workload
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_REQUESTS = 100
-_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "": 1.0}
 _EXAMPLES = """\
 examples:
   transload bench                                              100 requests, 2 a second, at the local server
@@ -45,7 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _add_workload(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--rate", type=_number, help="requests a second; of sessions with --turns (default 2)")
     group.add_argument("--requests", type=int, metavar="N", help=f"how many (default {DEFAULT_REQUESTS})")
-    group.add_argument("--duration", type=duration, help="start none after this, such as 60 or 2m")
+    group.add_argument("--duration", type=duration, help="start none after this, such as 60 or 2min")
     group.add_argument("--input", type=int, metavar="TOKENS", help="prompt length (default 256)")
     group.add_argument("--output", type=int, metavar="TOKENS", help="output length (default 64)")
     group.add_argument("--input-cv", type=_number, metavar="CV", help="spread the prompt lengths (lognormal)")
@@ -235,16 +235,11 @@ def _number(text: str) -> float:
 
 
 def duration(text: str) -> float:
-    """Seconds: `500ms`, `0.5`, `0.5 s`, `2m`, `1h`."""
-    number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyz").strip()
-    unit = text.strip()[len(number) :].strip()
+    """Seconds: `500ms`, `0.5`, `2 s`, `1min`."""
     try:
-        seconds = float(number) * _UNITS[unit]
-    except (ValueError, KeyError):
-        seconds = math.nan
-    if not (math.isfinite(seconds) and seconds >= 0):
-        raise argparse.ArgumentTypeError(f"got {text!r}; want a duration such as 500ms, 2s or 1m")
-    return seconds
+        return parse_seconds(text)
+    except ValueError as problem:
+        raise argparse.ArgumentTypeError(f"{text!r} {problem}") from None
 
 
 def _share(text: str) -> float:

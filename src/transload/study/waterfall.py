@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from transload.runtime.base import Waterfall
+from transload.units import format_bytes, format_seconds
 
 BAR_CELLS = 40
 _EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -35,24 +36,30 @@ def draw_waterfall(waterfall: Waterfall, console: Console) -> None:
     console.print(
         Text(
             f"{waterfall.num_prompt_tokens} prompt tokens ({waterfall.num_cached_tokens} cached), "
-            f"{waterfall.num_outputs} output tokens, {_ms(total)}, {waterfall.state}",
+            f"{waterfall.num_outputs} output tokens, {format_seconds(total)}, {waterfall.state}",
             style="bold",
         )
     )
     if waterfall.decision:
         console.print(Text(waterfall.decision, style="dim"))
+    stages = waterfall.stages
+    workers = sorted({stage.worker for stage in stages if stage.worker is not None})
+    num_cells = BAR_CELLS if console.width >= 120 else BAR_CELLS // 2
     table = Table(box=None, pad_edge=False, show_header=False)
-    for column in range(6):
-        table.add_column(justify="right" if column in (3, 4) else "left", no_wrap=True)
-    workers = sorted({stage.worker for stage in waterfall.stages if stage.worker is not None})
-    for stage in waterfall.stages:
+    table.add_column(no_wrap=True, min_width=max((len(stage.name) for stage in stages), default=0))
+    table.add_column(no_wrap=True, min_width=max(map(len, workers), default=0))
+    table.add_column(no_wrap=True, min_width=num_cells)
+    table.add_column(no_wrap=True, min_width=len("9.99 ms"), justify="right")
+    table.add_column(no_wrap=True, min_width=len("100%"), justify="right")
+    table.add_column(overflow="fold")  # only the details give way on a narrow screen
+    for stage in stages:
         color = "white" if stage.worker is None else _COLORS[workers.index(stage.worker) % len(_COLORS)]
         share = stage.seconds / total if total > 0 else 0.0
         table.add_row(
             stage.name,
             Text(stage.worker or "", style=color),
-            Text(bar(stage.start_seconds, stage.seconds, total), style=color),
-            _ms(stage.seconds),
+            Text(bar(stage.start_seconds, stage.seconds, total, num_cells), style=color),
+            format_seconds(stage.seconds),
             f"{share:.0%}",
             Text(", ".join(_detail(stage.detail)), style="dim"),
         )
@@ -80,13 +87,9 @@ def _detail(detail: dict[str, float | int | str]) -> Sequence[str]:
         if isinstance(value, str):
             shown.append(f"{name} {value}")
         elif name.endswith("_bytes"):
-            shown.append(f"{name.removesuffix('_bytes')} {value / 2**20:.1f} MiB")
+            shown.append(f"{name.removesuffix('_bytes')} {format_bytes(value)}")
         elif name.endswith("_seconds"):
-            shown.append(f"{name.removesuffix('_seconds').replace('_', ' ')} {_ms(value)}")
+            shown.append(f"{name.removesuffix('_seconds').replace('_', ' ')} {format_seconds(value)}")
         else:
             shown.append(f"{name.removeprefix('num_').replace('_', ' ')} {value:g}")
     return shown
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1000:.1f} ms" if seconds < 10 else f"{seconds:.2f} s"
