@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-_Dumper.add_implicit_resolver("transload:number", FLOAT, None)
-_Dumper.add_implicit_resolver("transload:number", INT, None)
+_Dumper.add_implicit_resolver("transload:number", re.compile(rf"(?:{INT.pattern}|{FLOAT.pattern})\Z"), None)
 
 
 def _place(tree: Node, path: str) -> str:
