@@ -34,6 +34,13 @@ class KvMemory:
         self.num_blocks = num_blocks
         self.size_bytes = num_blocks * layout.block_bytes
         self._fd: int | None = None
+        available_bytes = _available_bytes()
+        if self.size_bytes > available_bytes:
+            # The kernel would rather kill somebody than refuse the pages.
+            raise MachineError(
+                f"a KV pool of {num_blocks} blocks of {layout.block_bytes} bytes takes {self.size_bytes / 2**20:.0f} MiB, "
+                f"{available_bytes / 2**20:.0f} MiB are free; ask for fewer blocks"
+            )
         try:
             self._mapping = self._map()
         except (OSError, ValueError, OverflowError) as error:
@@ -97,6 +104,18 @@ class PeerMemory:
         """Unmap. The caller has let go of every view."""
         self.buffer.release()
         self._mapping.close()
+
+
+def _available_bytes() -> int:
+    """What the machine can give without swapping; no limit where it does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return sys.maxsize
 
 
 def _check_pool(fd: int, size_bytes: int) -> None:

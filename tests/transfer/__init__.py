@@ -1,0 +1,1 @@
+"""Tests of the KV transport: real memory, real sockets, real processes."""
