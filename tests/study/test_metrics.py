@@ -4,9 +4,9 @@ import math
 
 import pytest
 
+from transload.deploy.spec import Targets
 from transload.study.metrics import (
     ErrorKind,
-    LatencyTargets,
     RequestRecord,
     distribution,
     is_good,
@@ -78,7 +78,7 @@ def test_a_run_is_summed_up_exactly() -> None:
         record(2, due=2.0, tokens=(2.1,), end=4.0),
         record(3, due=3.0, tokens=(), end=5.0, error="timeout"),
     ]
-    summary = summarize(records, LatencyTargets(ttft_seconds=1.0, tpot_seconds=0.5, attainment=0.5))
+    summary = summarize(records, Targets(ttft_seconds=1.0, tpot_seconds=0.5, attainment=0.5))
     assert summary.duration_seconds == 5.0
     assert (summary.num_requests, summary.num_successful, summary.num_failed) == (4, 3, 1)
     assert summary.errors == {"timeout": 1}
@@ -104,19 +104,19 @@ def test_a_run_is_summed_up_exactly() -> None:
 
 
 def test_goodput_counts_requests_that_meet_every_target_and_did_not_fail() -> None:
-    targets = LatencyTargets(ttft_seconds=1.0, tpot_seconds=0.125)
+    targets = Targets(ttft_seconds=1.0, tpot_seconds=0.125)
     assert is_good(record(tokens=(1.0, 1.125)), targets)
     assert not is_good(record(tokens=(1.01, 1.05)), targets)
     assert not is_good(record(tokens=(0.5, 0.7)), targets)
     assert is_good(record(tokens=(0.5,)), targets)
     assert not is_good(record(tokens=(0.5, 0.6), error="truncated"), targets)
     assert not is_good(record(tokens=(0.5, 0.6), interrupted=True), targets)
-    assert is_good(record(tokens=(9.0, 99.0)), LatencyTargets())
+    assert is_good(record(tokens=(9.0, 99.0)), Targets())
 
 
 def test_failed_requests_count_against_attainment_and_not_among_latencies() -> None:
     records = [record(0, tokens=(0.1,)), record(1, tokens=(50.0,), error="error_event")]
-    summary = summarize(records, LatencyTargets(ttft_seconds=1.0))
+    summary = summarize(records, Targets(ttft_seconds=1.0))
     assert summary.attainment == 0.5
     assert summary.meets_targets is False
     assert summary.ttft_seconds is not None
@@ -125,7 +125,7 @@ def test_failed_requests_count_against_attainment_and_not_among_latencies() -> N
 
 def test_requests_cut_off_by_the_user_count_nowhere_else() -> None:
     records = [record(0, tokens=(0.1, 0.2)), record(1, tokens=(70.0,), end=90.0, interrupted=True)]
-    summary = summarize(records, LatencyTargets(ttft_seconds=1.0))
+    summary = summarize(records, Targets(ttft_seconds=1.0))
     assert (summary.num_requests, summary.num_interrupted, summary.num_failed) == (1, 1, 0)
     assert summary.duration_seconds == 0.2
     assert summary.attainment == 1.0

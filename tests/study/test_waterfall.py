@@ -26,7 +26,7 @@ WATERFALL = Waterfall(
             worker="decode-0",
             start_seconds=0.5,
             seconds=0.0,
-            detail={"kv_bytes": 2**20 * 3, "wire_seconds": 0.002, "transport": "shm"},
+            detail={"bytes": 2**20 * 3, "kept_bytes": 1024, "wire_seconds": 0.002, "transport": "shm"},
         ),
         Stage(name="decode", worker="decode-0", start_seconds=0.5, seconds=0.5),
     ),
@@ -68,8 +68,8 @@ def test_a_drawing_names_each_stage_its_worker_its_time_and_its_details() -> Non
     assert "prefill-0" in stages[1]
     assert "250 ms" in stages[1]
     assert "25%" in stages[1]
-    assert "chunks 2" in stages[1]
-    assert "kv 3.00 MiB, wire 2.00 ms, transport shm" in stages[2]
+    assert "2 chunks" in stages[1]
+    assert "3.00 MiB, kept 1.00 KiB, wire 2.00 ms, transport shm" in stages[2]
     assert stages[3].count("█") == 20
 
 

@@ -96,8 +96,8 @@ def _add_result(group: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code: 0; 1 if every request failed; 2 for flags that do not fit; 130 after Ctrl-C."""
+    from transload.deploy.spec import Targets
     from transload.study.bench import Bench, run_bench
-    from transload.study.metrics import LatencyTargets
 
     if args.timeout <= 0:
         raise DeploymentError("--timeout 0: a request needs some time; give a number of seconds above 0")
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         Bench(
             url=args.url,
             workload=workload(args),
-            targets=LatencyTargets(ttft_seconds=args.ttft, tpot_seconds=args.tpot, attainment=args.attainment),
+            targets=Targets(ttft_seconds=args.ttft, tpot_seconds=args.tpot, attainment=args.attainment),
             model=args.model,
             api_key=args.api_key,
             endpoint=args.endpoint,

@@ -17,11 +17,12 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from transload.deploy.spec import Targets
 from transload.errors import DeploymentError, TransloadError
 from transload.study.http_client import HttpClient, parse_url
 from transload.study.loadgen import LoadGenerator
-from transload.study.machine import Machine, machine, versions
-from transload.study.metrics import LatencyTargets, RequestRecord, Summary, summarize
+from transload.study.metrics import RequestRecord, Summary, summarize
+from transload.study.provenance import MachineFacts, machine_facts, versions
 from transload.study.summary_table import show_summary
 from transload.study.target import Endpoint, Target, discover
 from transload.study.workload import ClosedLoop, Fixed, Synthetic, Workload, synthetic
@@ -37,7 +38,7 @@ class Bench:
 
     url: str
     workload: Workload
-    targets: LatencyTargets
+    targets: Targets
     model: str | None = None
     """None: the first that the server tells of."""
     api_key: str | None = None
@@ -71,7 +72,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     schema: str = "transload-bench-1"
     command: tuple[str, ...]
     started_at: str
-    machine: Machine
+    machine: MachineFacts
     versions: dict[str, str]
     server: Server
     workload: str
@@ -110,7 +111,7 @@ async def _measure(bench: Bench, console: Console) -> tuple[Result, list[Request
         if bench.num_warmup:
             await _warm_up(bench, client, target)
         started_at = datetime.now(UTC).isoformat(timespec="seconds")
-        before = machine()
+        before = machine_facts()
         generator = LoadGenerator(client, target, bench.workload, timeout_seconds=bench.timeout_seconds)
         with _stop_on_interrupt(generator) as interruption, _progress(console) as progress:
             shown = asyncio.create_task(_show_progress(progress, generator, bench.workload))

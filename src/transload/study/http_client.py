@@ -1,8 +1,8 @@
 """HTTP/1.1 for the load generator: keep-alive connections that cost little per token and take the time at once.
 
 h11 does the protocol. CPU time of the client per event, measured with 32 streams of one event every 20 ms: httpx
-125 us, this 48 us, a hand-written parser 33 us. The time of a token is when its bytes were read from the socket, taken
-before anything is parsed. This file must never know what the bodies mean.
+125 us, h11 31 to 48 us, a hand-written parser 33 us. The time of a token is when its bytes were read from the socket,
+taken before anything is parsed. This file must never know what the bodies mean.
 """
 
 from __future__ import annotations

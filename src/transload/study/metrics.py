@@ -13,6 +13,8 @@ from typing import Literal
 import msgspec
 import numpy as np
 
+from transload.deploy.spec import Targets
+
 ErrorKind = Literal["connect", "http_status", "error_event", "truncated", "timeout", "malformed", "empty"]
 """connect: no connection. http_status: an answer other than 200. error_event: an error told inside the stream.
 truncated: the stream broke off without saying it was done. timeout: not done by its deadline. malformed: not the
@@ -57,15 +59,6 @@ class Distribution(msgspec.Struct, frozen=True):
     max: float
 
 
-class LatencyTargets(msgspec.Struct, frozen=True, kw_only=True):
-    """A request is good if it succeeds and meets each of these that is set."""
-
-    ttft_seconds: float | None = None
-    tpot_seconds: float | None = None
-    attainment: float = 0.95
-    """Share of requests that must be good."""
-
-
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """A run in numbers. Latencies and throughput are of successful requests; None where there is nothing to measure."""
 
@@ -102,7 +95,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """Requests whose tokens as counted in the stream differ from the server's own count."""
     num_short_outputs: int
     """Successful requests with fewer output tokens than were asked for."""
-    targets: LatencyTargets
+    targets: Targets
     num_good: int
     goodput_requests_per_second: float
     """Good requests a second."""
@@ -127,7 +120,7 @@ def tpot_seconds(record: RequestRecord) -> float | None:
     return (record.token_seconds[-1] - record.token_seconds[0]) / (record.num_output_tokens - 1)
 
 
-def is_good(record: RequestRecord, targets: LatencyTargets) -> bool:
+def is_good(record: RequestRecord, targets: Targets) -> bool:
     """Succeeded within the targets. A request of one token has no TPOT and so cannot miss that target."""
     if record.error is not None or record.interrupted:
         return False
@@ -137,9 +130,9 @@ def is_good(record: RequestRecord, targets: LatencyTargets) -> bool:
     return targets.tpot_seconds is None or tpot is None or tpot <= targets.tpot_seconds
 
 
-def summarize(records: Iterable[RequestRecord], targets: LatencyTargets | None = None) -> Summary:
+def summarize(records: Iterable[RequestRecord], targets: Targets | None = None) -> Summary:
     """The whole run. Costs memory in proportion to the number of tokens."""
-    targets = targets or LatencyTargets()
+    targets = targets or Targets()
     records = list(records)
     ended = [record for record in records if not record.interrupted]
     successful = [record for record in ended if record.error is None]

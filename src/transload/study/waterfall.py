@@ -86,10 +86,11 @@ def _detail(detail: dict[str, float | int | str]) -> Sequence[str]:
     for name, value in detail.items():
         if isinstance(value, str):
             shown.append(f"{name} {value}")
-        elif name.endswith("_bytes"):
-            shown.append(f"{name.removesuffix('_bytes')} {format_bytes(value)}")
+        elif name == "bytes" or name.endswith("_bytes"):
+            shown.append(f"{name.removesuffix('bytes').rstrip('_')} {format_bytes(value)}".strip())
         elif name.endswith("_seconds"):
             shown.append(f"{name.removesuffix('_seconds').replace('_', ' ')} {format_seconds(value)}")
         else:
-            shown.append(f"{name.removeprefix('num_').replace('_', ' ')} {value:g}")
+            number = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+            shown.append(f"{number} {name.removeprefix('num_').replace('_', ' ')}")
     return shown

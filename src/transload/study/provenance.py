@@ -1,4 +1,4 @@
-"""Facts about the machine and the software that a result was made with, so that numbers can be compared at all."""
+"""What a result was made with: the machine and the software, so that numbers can be compared at all."""
 
 from __future__ import annotations
 
@@ -10,31 +10,35 @@ from pathlib import Path
 import msgspec
 
 import transload
+from transload.deploy.machine import read_machine
 
 _LIBRARIES = ("h11", "msgspec", "numpy", "torch", "uvicorn")
 
 
-class Machine(msgspec.Struct, frozen=True, kw_only=True):
-    """The computer. Names no host and no user."""
+class MachineFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """A computer as a result should name it. Holds no name of a host or a user."""
 
     cpu: str
     num_cores: int
-    num_usable_cores: int
     """Cores that this process may run on."""
-    memory_bytes: int | None
+    core_quota: float | None
+    """Cores' worth of time that a container limit leaves; None: no limit."""
+    memory_bytes: int
+    gpus: tuple[str, ...]
     os: str
     load_average: float | None
-    """Over the last minute, of this machine."""
+    """Of the machine, over the minute before."""
 
 
-def machine() -> Machine:
+def machine_facts() -> MachineFacts:
     """This machine, now."""
-    num_cores = os.cpu_count() or 1
-    return Machine(
+    machine = read_machine()
+    return MachineFacts(
         cpu=_cpu_name(),
-        num_cores=num_cores,
-        num_usable_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else num_cores,
-        memory_bytes=_memory_bytes(),
+        num_cores=len(machine.cores),
+        core_quota=machine.core_quota,
+        memory_bytes=machine.memory_bytes,
+        gpus=tuple(gpu.name for gpu in machine.gpus),
         os=f"{platform.system()} {platform.release()}",
         load_average=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     )
@@ -59,10 +63,3 @@ def _cpu_name() -> str:
     except OSError:
         pass  # not Linux
     return platform.processor() or platform.machine()
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
