@@ -110,8 +110,8 @@ def _warnings(summary: Summary) -> list[str]:
         )
     if summary.num_short_outputs:
         lines.append(
-            f"{summary.num_short_outputs} answers were shorter than asked for: ended by the model (ignore_eos is off or "
-            "unknown to the server) or by a lower limit of the server."
+            f"{summary.num_short_outputs} answers were shorter than asked for: ended by the model (ignore_eos is off "
+            "or unknown to the server) or by a lower limit of the server."
         )
     return lines
 
