@@ -46,6 +46,7 @@ class RunningServer:
         assert self._up.wait(20), "the server did not start"
         if self._error is not None:
             raise self._error
+        self._http = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
 
     @property
     def url(self) -> str:
@@ -79,6 +80,7 @@ class RunningServer:
             self.begin_stop()
             self._thread.join(30)
             assert not self._thread.is_alive(), "the server did not stop"
+        self._http.close()
         if self._error is not None:
             raise self._error
 
@@ -89,10 +91,10 @@ class RunningServer:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", **{"max_retries": 0, **settings})
 
     def post(self, path: str, **settings: Any) -> httpx.Response:
-        return httpx.post(self.url + path, timeout=30, **settings)
+        return self._http.post(path, **settings)
 
     def get(self, path: str, **settings: Any) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=30, **settings)
+        return self._http.get(path, **settings)
 
 
 class Serve(Protocol):

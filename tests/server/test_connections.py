@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import select
 import socket
 import time
 from collections.abc import Iterator
@@ -102,6 +103,37 @@ def test_a_body_that_does_not_come_is_answered_with_408(serve: Serve) -> None:
             assert b"408" in answer.split(b"\r\n")[0]
             assert b'"code":"body_timeout"' in answer
     assert_healthy(server)
+
+
+def test_unfinished_bodies_are_held_up_to_a_limit_in_all(serve: Serve) -> None:
+    server = serve(bodies=BodyLimits(max_bytes=2**20, held_bytes=3 * 2**19))
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
+    with server.connect() as first, server.connect() as second:
+        first.sendall(head + b" " * 900_000)
+        second.sendall(head + b" " * 900_000)
+        readable, _, _ = select.select([first, second], [], [], 20)  # whichever came to be too much
+        assert b"429" in readable[0].recv(65536).split(b"\r\n")[0]
+        assert_healthy(server)
+        kept = second if readable[0] is first else first
+        kept.sendall(b" " * 100_000)
+        assert b"400" in kept.recv(65536).split(b"\r\n")[0]  # held to its end, and no JSON
+    assert_healthy(server)
+
+
+def test_a_caller_that_asks_before_sending_a_body_is_answered(serve: Serve) -> None:
+    server = serve(bodies=BodyLimits(max_bytes=1000))
+    raw = request({"prompt": "x"})
+    head, _, body = raw.replace(b"Host: x", b"Host: x\r\nExpect: 100-continue").partition(b"\r\n\r\n")
+    with server.connect() as connection:
+        connection.sendall(head + b"\r\n\r\n")
+        assert read_until(connection, b"\r\n\r\n").startswith(b"HTTP/1.1 100")
+        connection.sendall(body)
+        assert b"200 OK" in read_until(connection, b"}}}")
+    with server.connect() as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 2000\r\n\r\n"
+        )
+        assert read_until(connection, b"}}").startswith(b"HTTP/1.1 413")
 
 
 def test_a_body_nobody_wants_is_thrown_away_up_to_a_limit_then_the_connection_is_cut(serve: Serve) -> None:

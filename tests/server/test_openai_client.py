@@ -280,6 +280,7 @@ def test_over_capacity_is_429_with_whole_seconds_to_wait(serve: Serve) -> None:
         server.client().completions.create(model="default", prompt="x")
     assert error.value.response.headers["retry-after"] == "3"
     assert error.value.code == "over_capacity"
+    assert 'transload_rejected_total{code="over_capacity"} 1.0' in server.get("/metrics").text
 
 
 def test_a_call_refused_half_way_frees_the_choices_that_were_admitted(serve: Serve) -> None:

@@ -159,3 +159,24 @@ def test_long_texts_are_tokenized_off_the_event_loop_and_short_ones_on_it(serve:
     assert len(on_loop) == 1
     assert all(name.startswith("tokenize") for name in server.tokenizer.threads - on_loop)
     assert len(server.tokenizer.threads) == 2
+
+
+def _broken_status() -> dict[str, object]:
+    raise RuntimeError("secret")
+
+
+def test_a_bug_on_a_slow_path_is_a_500_in_openais_form(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    server = serve()
+    server.backend.status = _broken_status  # type: ignore[method-assign]
+    answer = server.get("/health", headers={"x-request-id": "findme"})
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "internal_error"
+    assert "findme" in answer.json()["error"]["message"]
+    assert "secret" not in answer.text
+    assert "secret" in caplog.text
+    assert server.get("/ready").status_code == 200
+
+
+def test_strange_paths_are_just_not_found(server: RunningServer) -> None:
+    for path in ("/%ff%00", "//", "/v1/models/%2e%2e/x", "/requests/", "/" + "x" * 5000):
+        assert server.get(path).status_code == 404

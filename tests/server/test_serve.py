@@ -50,8 +50,9 @@ def test_shutdown_lets_a_running_call_finish(serve: Serve) -> None:
     )
     caller.start()
     wait_for(lambda: bool(server.backend.seen), "the request is submitted")
-    server.stop()
+    server.begin_stop()
     caller.join(20)
+    server.stop()
     assert texts == ["abcdefgh"]
     with pytest.raises(ConnectionRefusedError):
         server.connect()
@@ -68,9 +69,10 @@ def test_shutdown_ends_what_takes_too_long_with_an_error_the_caller_sees(serve: 
     for caller in callers:
         caller.start()
     wait_for(lambda: [seen.num_made for seen in server.backend.seen] == [2, 2], "both calls have tokens")
-    server.stop()
+    server.begin_stop()
     for caller in callers:
         caller.join(20)
+    server.stop()
     whole, streamed = sorted(answers, key=lambda answer: answer.status_code, reverse=True)
     assert (whole.status_code, whole.json()["error"]["code"]) == (503, "shutting_down")
     assert '"code":"shutting_down"' in streamed.text

@@ -20,7 +20,7 @@ from starlette.responses import Response
 from transload.deploy.spec import Server
 from transload.errors import RequestError
 from transload.runtime.base import Backend
-from transload.server.bodies import BodyLimits, CallerGone, Receive, Scope, Send
+from transload.server.bodies import BodyLimits, BodyReader, CallerGone, Receive, Scope, Send
 from transload.server.call import send_json
 from transload.server.faults import error_body, error_headers, internal_error
 from transload.server.generation import Generation
@@ -45,11 +45,12 @@ class App:
         server: Server,
         seed: int,
         metrics: Metrics,
-        bodies: BodyLimits,
+        body_limits: BodyLimits,
     ) -> None:
         self.metrics = metrics
         self._keys = tuple(key.encode() for key in server.api_keys)
         self._prompts = Prompts(backend.model, tokenizer)
+        bodies = BodyReader(body_limits)
         self._generation = Generation(backend, tokenizer, self._prompts, server, bodies, seed, metrics)
         self._hot = {
             "/v1/chat/completions": self._generation.chat,
@@ -58,7 +59,7 @@ class App:
         routes = Routes(backend, tokenizer, self._prompts, bodies, metrics, self._generation.ledger)
         self._starlette = Starlette(
             routes=routes.routes(),
-            exception_handlers={RequestError: _refusal, HTTPException: _refusal},
+            exception_handlers={RequestError: _refusal, HTTPException: _refusal, Exception: _crash},
         )
         self._starlette.router.redirect_slashes = False
 
@@ -66,7 +67,7 @@ class App:
         if scope["type"] != "http":
             await self._starlette(scope, receive, send)
             return
-        request_id = _request_id(scope)
+        request_id = scope["transload.request_id"] = _request_id(scope)
         started = False
 
         async def note_start(message: MutableMapping[str, Any]) -> None:
@@ -92,10 +93,9 @@ class App:
         except CallerGone:
             pass
         except Exception:
-            logger.exception("call %s failed", request_id)
-            if started:
-                raise
-            await send_json(send, 500, error_body(internal_error(request_id)), request_id)
+            if not started:  # otherwise `_crash` has said so already
+                logger.exception("call %s failed", request_id)
+                await send_json(send, 500, error_body(internal_error(request_id)), request_id)
 
     def interrupt_all(self, error: RequestError) -> None:
         """End every running call with an error that its caller gets to see."""
@@ -141,11 +141,18 @@ def _request_id(scope: Scope) -> str:
     return os.urandom(16).hex()
 
 
+async def _crash(request: HttpRequest, error: Exception) -> Response:
+    """A bug of ours on a slow path."""
+    request_id = request.scope["transload.request_id"]
+    logger.error("call %s failed", request_id, exc_info=error)
+    return Response(error_body(internal_error(request_id)), status_code=500, media_type="application/json")
+
+
 def _refusal(request: HttpRequest, error: Exception) -> Response:
     """Starlette's and our refusals, in OpenAI's form."""
     if isinstance(error, HTTPException):
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-        text = f"{error.detail}: {request.method} {request.url.path}"
+        text = f"{error.detail}: {request.method} {request.url.path[:200]}"
         headers = dict(error.headers or {})
         error = RequestError(text, status=error.status_code, code=code)
     else:

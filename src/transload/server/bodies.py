@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
-from transload.errors import RequestError
+from transload.errors import OverCapacity, RequestError
 from transload.server.schema import ANY, HARMLESS, Body
 
 Scope = MutableMapping[str, Any]
@@ -27,6 +27,8 @@ class BodyLimits(msgspec.Struct, frozen=True, kw_only=True):
 
     max_bytes: int
     seconds: float = 30.0
+    held_bytes: int = 256 * 2**20
+    """Of all bodies that have begun and are not complete."""
 
 
 T = TypeVar("T", bound=Body)
@@ -43,48 +45,59 @@ class CallerGone(Exception):
     """The caller closed the connection before the body was complete: there is no one to answer."""
 
 
-async def read_body(scope: Scope, receive: Receive, limits: BodyLimits) -> bytes:
-    """The whole body of a call. Refuses what is too large before reading it, and what comes too slowly.
+class BodyReader:
+    """Reads bodies, and knows how many bytes of unfinished ones are held."""
 
-    Raises `RequestError` (413, 408) or `CallerGone`.
-    """
-    max_bytes = limits.max_bytes
-    for name, value in scope["headers"]:
-        if name == b"content-length" and value.isdigit() and int(value) > max_bytes:
-            _refuse_size(max_bytes)
-    try:
-        async with asyncio.timeout(limits.seconds):
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise CallerGone
-            body: bytes = message.get("body", b"")
-            if not message.get("more_body", False) and len(body) <= max_bytes:
-                return body
-            return await _read_rest(body, receive, max_bytes)
-    except TimeoutError:
-        raise RequestError(
-            f"the body did not arrive within {limits.seconds:g} seconds; send it faster or send less",
-            status=408,
-            code="body_timeout",
-        ) from None
+    def __init__(self, limits: BodyLimits) -> None:
+        self._limits = limits
+        self._num_held_bytes = 0
 
+    async def read(self, scope: Scope, receive: Receive) -> bytes:
+        """The whole body of a call. Refuses what is too large before reading it, and what comes too slowly.
 
-async def _read_rest(first: bytes, receive: Receive, max_bytes: int) -> bytes:
-    parts = [first]
-    num_bytes = len(first)
-    more = True
-    while more:
-        if num_bytes > max_bytes:
-            _refuse_size(max_bytes)
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise CallerGone
-        parts.append(message.get("body", b""))
-        num_bytes += len(parts[-1])
-        more = message.get("more_body", False)
-    if num_bytes > max_bytes:
-        _refuse_size(max_bytes)
-    return b"".join(parts)
+        Raises `RequestError` (413, 408), `OverCapacity` or `CallerGone`.
+        """
+        limits = self._limits
+        for name, value in scope["headers"]:
+            if name == b"content-length" and value.isdigit() and int(value) > limits.max_bytes:
+                _refuse_size(limits.max_bytes)
+        try:
+            async with asyncio.timeout(limits.seconds):
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise CallerGone
+                body: bytes = message.get("body", b"")
+                if not message.get("more_body", False) and len(body) <= limits.max_bytes:
+                    return body
+                return await self._read_rest(message, receive)
+        except TimeoutError:
+            raise RequestError(
+                f"the body did not arrive within {limits.seconds:g} seconds; send it faster or send less",
+                status=408,
+                code="body_timeout",
+            ) from None
+
+    async def _read_rest(self, message: AsgiMessage, receive: Receive) -> bytes:
+        """Go on after the first message, as long as the size allows it."""
+        parts: list[bytes] = []
+        num_bytes = 0
+        try:
+            while True:
+                part: bytes = message.get("body", b"")
+                parts.append(part)
+                num_bytes += len(part)
+                self._num_held_bytes += len(part)
+                if num_bytes > self._limits.max_bytes:
+                    _refuse_size(self._limits.max_bytes)
+                if not message.get("more_body", False):
+                    return b"".join(parts)
+                if self._num_held_bytes > self._limits.held_bytes:
+                    raise OverCapacity("too many large bodies are being sent at once", retry_after_seconds=1.0)
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise CallerGone
+        finally:
+            self._num_held_bytes -= num_bytes
 
 
 def _refuse_size(max_bytes: int) -> NoReturn:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from transload.control.messages import Request
 from transload.errors import RequestError, TransloadError
@@ -42,9 +42,11 @@ class Call:
         include_usage: bool,
         receive: Receive,
         send: Send,
+        write_chunk: Callable[[bytes], bool] | None,
         arrived: float,
     ) -> None:
-        """`arrived`: when the call came in, by `time.monotonic`."""
+        """`arrived`: when the call came in, by `time.monotonic`. `write_chunk`: the connection's shorter way to send a
+        piece of a stream, if it has one."""
         self._route = route
         self._request_id = request_id
         self._backend = backend
@@ -54,6 +56,7 @@ class Call:
         self._include_usage = include_usage
         self._receive = receive
         self._send = send
+        self._write_chunk = write_chunk
         self._arrived = arrived
         self._streams: list[RequestStream] = []
         self._error: RequestError | None = None
@@ -91,8 +94,12 @@ class Call:
         self._cancel_all()
 
     async def _submit(self, requests: Sequence[Request]) -> None:
-        for request in requests:
-            self._streams.append(await self._backend.submit(request))
+        try:
+            for request in requests:
+                self._streams.append(await self._backend.submit(request))
+        except RequestError as error:
+            self._metrics.call_rejected(self._route, error.code)
+            raise
         if self._caller_gone or self._error is not None:
             self._cancel_all()
 
@@ -191,6 +198,8 @@ class Call:
         await self._write(b"data: " + error_body(error) + b"\n\n", more=False)
 
     async def _write(self, events: bytes, *, more: bool = True) -> None:
+        if self._headers_sent and more and self._write_chunk is not None and self._write_chunk(events):
+            return
         if not self._headers_sent:
             self._headers_sent = True
             headers = [*_EVENT_STREAM, (b"x-request-id", self._request_id.encode())]

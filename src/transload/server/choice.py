@@ -44,7 +44,7 @@ class Choice:
         self._finder = StopFinder(parameters.stops, include_stop=parameters.include_stop) if parameters.stops else None
         self._include_stop = parameters.include_stop
         self._min_tokens = parameters.sampling.min_tokens
-        self._text = ""  # may leave, and has not yet
+        self._parts: list[str] = []  # text that may leave, and has not yet
         self._num_released = 0  # characters that may leave, in all
         self._num_made = 0  # characters detokenized, in all; more than released while a stop string may be beginning
         self._entries: list[TokenEntry] = []
@@ -80,11 +80,12 @@ class Choice:
 
     def has_news(self) -> bool:
         """Whether `take` would give anything."""
-        return bool(self._text) or (bool(self._entries) and self._num_ready_entries() > 0)
+        return bool(self._parts) or (bool(self._entries) and self._num_ready_entries() > 0)
 
     def take(self) -> tuple[str, list[TokenEntry]]:
         """The text, and the tokens it begins in, since the last call."""
-        text, self._text = self._text, ""
+        text = "".join(self._parts)
+        self._parts.clear()
         if not self._entries:
             return text, []
         num_ready = self._num_ready_entries()
@@ -101,8 +102,9 @@ class Choice:
         self.stopped = finder.found is not None
 
     def _release(self, text: str) -> None:
-        self._text += text
-        self._num_released += len(text)
+        if text:
+            self._parts.append(text)
+            self._num_released += len(text)
 
     def _num_ready_entries(self) -> int:
         """Tokens whose text has begun to leave: log-probabilities are no way around a stop string."""

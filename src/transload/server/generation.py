@@ -13,9 +13,10 @@ from transload.control.messages import Request, RequestId
 from transload.deploy.spec import Server
 from transload.errors import RequestError
 from transload.runtime.base import Backend
-from transload.server.bodies import BodyLimits, Receive, Scope, Send, parse_body, read_body
+from transload.server.bodies import BodyReader, Receive, Scope, Send, parse_body
 from transload.server.call import Call
 from transload.server.choice import Choice
+from transload.server.connection import WRITE_CHUNK
 from transload.server.metrics import Metrics
 from transload.server.parameters import Parameters, call_seed, check_parameters, choice_seed
 from transload.server.prompts import Prompts, PromptTokens
@@ -60,7 +61,7 @@ class Generation:
         tokenizer: Tokenizer,
         prompts: Prompts,
         server: Server,
-        bodies: BodyLimits,
+        bodies: BodyReader,
         seed: int,
         metrics: Metrics,
     ) -> None:
@@ -110,7 +111,7 @@ class Generation:
         arrived = time.monotonic()
         route = scope["path"]
         try:
-            body = parse_body(await read_body(scope, receive, self._bodies), kind)
+            body = parse_body(await self._bodies.read(scope, receive), kind)
             check_model(self._backend, body.model)
             parameters = check_parameters(body, self._prompts.vocab_size, self._eos_ids)
             prompts = await make_prompts(body, parameters)
@@ -139,6 +140,7 @@ class Generation:
             include_usage=parameters.include_usage,
             receive=receive,
             send=send,
+            write_chunk=scope.get(WRITE_CHUNK),
             arrived=arrived,
         )
         self.ledger.note(request_id, tuple(request.id for request in requests))

@@ -13,7 +13,7 @@ from typing import TypeVar
 import msgspec
 
 from transload.control.prefix import prompt_keys
-from transload.errors import RequestError
+from transload.errors import OverCapacity, RequestError
 from transload.runtime.base import ServedModel
 from transload.server.parameters import COMPLETION_TOKENS, Parameters, check_vocabulary
 from transload.server.schema import ChatBody, ChatMessage, CompletionBody
@@ -21,6 +21,8 @@ from transload.server.tokens import Tokenizer
 
 SHORT_CHARACTERS = 2000
 """Texts up to this are tokenized on the spot (well under a millisecond)."""
+MAX_OFFLOADED = 64
+"""Long texts that may wait for a thread; their bodies are held meanwhile."""
 _ROLES = ("system", "user", "assistant", "tool", "developer", "function")
 _INSTEAD = {"developer": "system", "function": "tool"}
 T = TypeVar("T")
@@ -43,6 +45,7 @@ class Prompts:
         self._tokenizer = tokenizer
         self.vocab_size = min(model.arch.vocab_size, tokenizer.vocab_size)
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
+        self._num_offloaded = 0
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -86,7 +89,13 @@ class Prompts:
     async def _offload(self, num_characters: int, make: Callable[[], T]) -> T:
         if num_characters <= SHORT_CHARACTERS:
             return make()
-        return await asyncio.get_running_loop().run_in_executor(self._pool, make)
+        if self._num_offloaded >= MAX_OFFLOADED:
+            raise OverCapacity("too many long prompts wait to be tokenized", retry_after_seconds=1.0)
+        self._num_offloaded += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, make)
+        finally:
+            self._num_offloaded -= 1
 
     def _of_prompt(self, prompt: str | list[int], echo: bool, parameters: Parameters) -> PromptTokens:
         if isinstance(prompt, str):

@@ -12,7 +12,7 @@ from starlette.routing import BaseRoute, Route
 
 from transload.errors import RequestError
 from transload.runtime.base import Backend
-from transload.server.bodies import BodyLimits, parse_body, read_body
+from transload.server.bodies import BodyReader, parse_body
 from transload.server.generation import Ledger, check_model
 from transload.server.metrics import Metrics
 from transload.server.prompts import Prompts
@@ -28,7 +28,7 @@ class Routes:
         backend: Backend,
         tokenizer: Tokenizer,
         prompts: Prompts,
-        bodies: BodyLimits,
+        bodies: BodyReader,
         metrics: Metrics,
         ledger: Ledger,
     ) -> None:
@@ -114,7 +114,7 @@ class Routes:
         return json_response({"id": name, "object": "request", "choices": waterfalls})
 
     async def _body(self, request: Request) -> bytes:
-        return await read_body(request.scope, request.receive, self._bodies)
+        return await self._bodies.read(request.scope, request.receive)
 
     def _card(self) -> dict[str, object]:
         model = self._backend.model
