@@ -22,7 +22,6 @@ import torch
 
 from transload.model.kv_cache import IntArray, KvCache
 
-_NEVER = float("-inf")
 _TILE_SCORE_ROWS = 1152  # heads x rows of a prompt tile: scores of a tile then stay in the second-level cache
 _PADDED_BLOCKS = 48  # a group is closed when padding would gather this many blocks in vain: a group's fixed cost
 ALIGNED_ROWS = 16  # rows of a deterministic query tile
@@ -46,10 +45,12 @@ class Span:
 
 
 class Part(Protocol):
-    """Some rows of a step and the keys they see."""
+    """Some consecutive rows of a step and the keys they see."""
 
-    def attend(self, q_THD: torch.Tensor, pieces: torch.Tensor, out_TE: torch.Tensor) -> None:
-        """Write the attention output of this part's rows to `out_TE` [T, H * D]; `pieces` is one layer's cache."""
+    rows: slice
+
+    def attend(self, q_THD: torch.Tensor, pieces: torch.Tensor) -> torch.Tensor:
+        """Attention output [T, H * D] of this part's rows of queries; `pieces` is one layer's cache."""
         ...
 
 
@@ -66,30 +67,61 @@ class Heads:
         self.scale = 1.0 / math.sqrt(head_dim)
 
 
+class Scratch:
+    """Memory that gathered keys and values pass through, one part at a time. Grows to the largest part seen."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._memory = torch.empty(0, dtype=dtype, device=device)
+
+    def of(self, num_elements: int) -> torch.Tensor:
+        if self._memory.numel() < num_elements:
+            self._memory = self._memory.new_empty(num_elements * 5 // 4)
+        return self._memory[:num_elements]
+
+
 class Gather:
-    """Which pieces of the cache a part reads, as torch wants it."""
+    """Which pieces of the cache a part reads, and where they come to lie."""
 
-    __slots__ = ("_head_dim", "_num_lanes", "numbers")
+    __slots__ = ("_gathered", "_numbers", "keys_LDS", "values_LSD")
 
-    def __init__(self, cache: KvCache, blocks_BN: IntArray) -> None:
-        self.numbers = torch.from_numpy(cache.piece_numbers(blocks_BN)).to(cache.tensor.device)
-        self._num_lanes = len(blocks_BN) * cache.layout.num_kv_heads
-        self._head_dim = cache.layout.head_dim
+    def __init__(self, cache: KvCache, blocks_BN: IntArray, scratch: Scratch) -> None:
+        """L = B * K lanes; a lane's N blocks follow each other, so S = N * block size."""
+        layout = cache.layout
+        self._numbers = torch.from_numpy(cache.piece_numbers(blocks_BN)).to(cache.tensor.device)
+        memory = scratch.of(len(self._numbers) * layout.block_size * layout.head_dim)
+        self._gathered = memory.view(len(self._numbers), -1)
+        keys_LSD, self.values_LSD = memory.view(2, len(blocks_BN) * layout.num_kv_heads, -1, layout.head_dim).unbind(0)
+        self.keys_LDS = keys_LSD.transpose(1, 2)
 
-    def __call__(self, pieces: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values, each [B * K, S, D], in new memory."""
-        kv = pieces.index_select(0, self.numbers).view(2, self._num_lanes, -1, self._head_dim)
-        return kv[0], kv[1]
+    def load(self, pieces: torch.Tensor) -> None:
+        """Fill `keys_LDS` and `values_LSD` from one layer's cache, over what another part or layer left there."""
+        torch.index_select(pieces, 0, self._numbers, out=self._gathered)
+
+
+class Site:
+    """What all parts of a worker's steps have in common."""
+
+    __slots__ = ("cache", "heads", "scratch")
+
+    def __init__(self, heads: Heads, cache: KvCache) -> None:
+        self.heads = heads
+        self.cache = cache
+        self.scratch = Scratch(cache.tensor.dtype, cache.tensor.device)
+
+    def bias(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What to add to scores so that the hidden ones weigh nothing. Adding is five times as fast as filling."""
+        bias = torch.zeros(hidden.shape, dtype=self.cache.tensor.dtype).masked_fill_(hidden, float("-inf"))
+        return bias.to(self.cache.tensor.device)
 
 
 class DecodeGroup:
     """Spans of one row each, of about the same length, in one multiplication."""
 
-    def __init__(self, spans: Sequence[Span], heads: Heads, cache: KvCache, window: int | None) -> None:
+    def __init__(self, spans: Sequence[Span], site: Site, window: int | None) -> None:
         """`spans` lie in consecutive rows."""
-        size = cache.layout.block_size
-        self._heads = heads
-        self._rows = slice(spans[0].first_row, spans[0].first_row + len(spans))
+        size = site.cache.layout.block_size
+        self._heads = site.heads
+        self.rows = slice(spans[0].first_row, spans[0].first_row + len(spans))
         firsts = [_first_key(span.start, window) // size for span in spans]
         num_blocks = max(span.start // size + 1 - first for span, first in zip(spans, firsts, strict=True))
         blocks_BN = np.empty((len(spans), num_blocks), dtype=np.int64)
@@ -97,59 +129,54 @@ class DecodeGroup:
             own = span.blocks[first : span.start // size + 1]
             blocks_BN[row, : len(own)] = own
             blocks_BN[row, len(own) :] = own[0]  # any block of finite numbers; its weight will be zero
-        self._gather = Gather(cache, blocks_BN)
-        self._hidden = _hidden_keys(spans, firsts, num_blocks * size, size, window, cache.tensor.device)
+        self._gather = Gather(site.cache, blocks_BN, site.scratch)
+        self._first_biased, hidden_B1S = _hidden_keys(spans, firsts, num_blocks * size, size, window)
+        self._bias_B1S = site.bias(hidden_B1S) if hidden_B1S.numel() else None
 
-    def attend(self, q_THD: torch.Tensor, pieces: torch.Tensor, out_TE: torch.Tensor) -> None:
-        heads = self._heads
-        keys, values = self._gather(pieces)
-        q = torch.mul(q_THD[self._rows], heads.scale).view(-1, heads.group, heads.head_dim)
-        scores = torch.bmm(q, keys.transpose(1, 2))
-        if self._hidden is not None:
-            first, hidden_B1S = self._hidden
-            scores.view(-1, heads.num_query_heads, scores.shape[2])[..., first:].masked_fill_(hidden_B1S, _NEVER)
-        mixed = torch.bmm(scores.softmax(-1), values)
-        out_TE[self._rows] = mixed.view(-1, heads.num_query_heads * heads.head_dim)
+    def attend(self, q_THD: torch.Tensor, pieces: torch.Tensor) -> torch.Tensor:
+        heads, gather = self._heads, self._gather
+        gather.load(pieces)
+        q_LGD = torch.mul(q_THD, heads.scale).view(-1, heads.group, heads.head_dim)
+        scores_LGS = torch.bmm(q_LGD, gather.keys_LDS)
+        if self._bias_B1S is not None:
+            scores_LGS.view(len(q_THD), heads.num_query_heads, -1)[..., self._first_biased :] += self._bias_B1S
+        return torch.bmm(scores_LGS.softmax(-1), gather.values_LSD).view(len(q_THD), -1)
 
 
 class PromptTiles:
     """One span of several rows: tiles of queries against all keys before them."""
 
-    def __init__(self, span: Span, heads: Heads, cache: KvCache, window: int | None) -> None:
-        size, device = cache.layout.block_size, cache.tensor.device
-        self._heads = heads
-        self._span = span
+    def __init__(self, span: Span, site: Site, window: int | None) -> None:
+        size = site.cache.layout.block_size
+        self._heads = site.heads
+        self.rows = slice(span.first_row, span.first_row + span.num_rows)
         first_block = _first_key(span.start, window) // size
-        self._gather = Gather(cache, span.blocks[None, first_block : (span.end - 1) // size + 1])
+        self._gather = Gather(site.cache, span.blocks[None, first_block : (span.end - 1) // size + 1], site.scratch)
         origin = first_block * size  # position of the first gathered key
-        rows_per_tile = max(ALIGNED_ROWS, _TILE_SCORE_ROWS // heads.num_query_heads)
-        self._tiles: list[tuple[int, int, int, int, torch.Tensor]] = []
+        rows_per_tile = max(ALIGNED_ROWS, _TILE_SCORE_ROWS // site.heads.num_query_heads)
+        self._tiles: list[tuple[slice, slice, torch.Tensor]] = []  # queries, keys, bias of the last keys
         for low in range(0, span.num_rows, rows_per_tile):
             high = min(low + rows_per_tile, span.num_rows)
-            first_key = _first_key(span.start + low, window)
-            last_key = span.start + high
-            # Without a window only the last high - low keys can lie after a query.
-            masked_from = first_key if window is not None and first_key < last_key - window else span.start + low
-            queries = torch.arange(span.start + low, last_key, device=device)[:, None]
-            positions = torch.arange(masked_from, last_key, device=device)[None, :]
-            hidden = positions > queries
-            if window is not None:
-                hidden |= positions <= queries - window
-            self._tiles.append((low, high, first_key - origin, last_key - origin, hidden))
+            first, last = _first_key(span.start + low, window), span.start + high
+            # Without a window in sight only the tile's own keys can lie after a query.
+            biased_from = first if window is not None and first < last - window else span.start + low
+            bias = site.bias(_hidden(span.start + low, last, biased_from, last, window))
+            self._tiles.append((slice(low, high), slice(first - origin, last - origin), bias))
 
-    def attend(self, q_THD: torch.Tensor, pieces: torch.Tensor, out_TE: torch.Tensor) -> None:
-        heads, first_row = self._heads, self._span.first_row
-        keys, values = self._gather(pieces)
-        keys_KDS = keys.transpose(1, 2)
-        for low, high, first_key, last_key, hidden in self._tiles:
-            rows = slice(first_row + low, first_row + high)
-            q = _stacked_queries(q_THD[rows], heads)
-            scores = torch.bmm(q, keys_KDS[:, :, first_key:last_key])
-            per_head = scores.view(heads.num_query_heads, high - low, last_key - first_key)
-            per_head[..., last_key - first_key - hidden.shape[1] :].masked_fill_(hidden, _NEVER)
-            mixed = torch.bmm(scores.softmax(-1), values[:, first_key:last_key])
-            out_THD = out_TE[rows].view(high - low, heads.num_query_heads, heads.head_dim)
-            out_THD.copy_(mixed.view(heads.num_query_heads, high - low, heads.head_dim).transpose(0, 1))
+    def attend(self, q_THD: torch.Tensor, pieces: torch.Tensor) -> torch.Tensor:
+        heads, gather = self._heads, self._gather
+        gather.load(pieces)
+        out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
+        for queries, keys, bias in self._tiles:
+            q_KXD = _stacked_queries(q_THD[queries], heads)
+            scores_KXS = torch.bmm(q_KXD, gather.keys_LDS[:, :, keys])
+            num_queries, num_biased = bias.shape
+            scores_HTS = scores_KXS.view(heads.num_query_heads, num_queries, -1)
+            scores_HTS[..., scores_HTS.shape[2] - num_biased :] += bias
+            mixed_KXD = torch.bmm(scores_KXS.softmax(-1), gather.values_LSD[:, keys])
+            mixed_HTD = mixed_KXD.view(heads.num_query_heads, num_queries, heads.head_dim)
+            out_THD[queries] = mixed_HTD.transpose(0, 1)
+        return out_THD.view(len(q_THD), -1)
 
 
 class AlignedTile:
@@ -160,63 +187,56 @@ class AlignedTile:
     bits in a prompt of any chunking and in a decode batch of any size.
     """
 
-    def __init__(
-        self, span: Span, tile: int, heads: Heads, cache: KvCache, window: int | None, low: int, high: int
-    ) -> None:
-        """Rows for positions [low, high), all within the tile."""
-        size, device = cache.layout.block_size, cache.tensor.device
-        self._heads = heads
-        self._rows = slice(span.first_row + low - span.start, span.first_row + high - span.start)
+    def __init__(self, span: Span, tile: int, site: Site, window: int | None) -> None:
+        size = site.cache.layout.block_size
         tile_start = tile * ALIGNED_ROWS
+        low, high = max(span.start, tile_start), min(span.end, tile_start + ALIGNED_ROWS)
+        self._heads = site.heads
+        self.rows = slice(span.first_row + low - span.start, span.first_row + high - span.start)
         self._places = slice(low - tile_start, high - tile_start)
         step = math.lcm(size, _ALIGNED_KEYS)
-        origin = _first_key(tile_start, window) // step * step
-        end = -(-(tile_start + ALIGNED_ROWS) // step) * step
-        own = span.blocks[origin // size : min(end, span.end + size - 1) // size]
-        blocks = np.full((1, (end - origin) // size), own[0], dtype=np.int64)
-        blocks[0, : len(own)] = own
-        self._gather = Gather(cache, blocks)
-        queries = torch.arange(tile_start, tile_start + ALIGNED_ROWS, device=device)[:, None]
-        positions = torch.arange(origin, end, device=device)[None, :]
-        self._hidden = positions > queries
-        if window is not None:
-            self._hidden |= positions <= queries - window
+        first = _first_key(tile_start, window) // step * step
+        last = -(-(tile_start + ALIGNED_ROWS) // step) * step
+        own = span.blocks[first // size : min(last // size, (span.end - 1) // size + 1)]
+        blocks_1N = np.full((1, (last - first) // size), own[0], dtype=np.int64)
+        blocks_1N[0, : len(own)] = own
+        self._gather = Gather(site.cache, blocks_1N, site.scratch)
+        self._bias = site.bias(_hidden(tile_start, tile_start + ALIGNED_ROWS, first, last, window))
 
-    def attend(self, q_THD: torch.Tensor, pieces: torch.Tensor, out_TE: torch.Tensor) -> None:
-        heads = self._heads
-        keys, values = self._gather(pieces)
+    def attend(self, q_THD: torch.Tensor, pieces: torch.Tensor) -> torch.Tensor:
+        heads, gather = self._heads, self._gather
+        gather.load(pieces)
         q_AHD = q_THD.new_zeros(ALIGNED_ROWS, heads.num_query_heads, heads.head_dim)
-        q_AHD[self._places] = q_THD[self._rows]
-        scores = torch.bmm(_stacked_queries(q_AHD, heads), keys.transpose(1, 2))
-        scores.view(heads.num_query_heads, ALIGNED_ROWS, -1).masked_fill_(self._hidden, _NEVER)
-        mixed = torch.bmm(scores.softmax(-1), values).view(heads.num_query_heads, ALIGNED_ROWS, heads.head_dim)
-        out_TE[self._rows] = mixed[:, self._places].transpose(0, 1).reshape(-1, out_TE.shape[1])
+        q_AHD[self._places] = q_THD
+        scores_KXS = torch.bmm(_stacked_queries(q_AHD, heads), gather.keys_LDS)
+        scores_KXS.view(heads.num_query_heads, ALIGNED_ROWS, -1).add_(self._bias)
+        mixed_KXD = torch.bmm(scores_KXS.softmax(-1), gather.values_LSD)
+        mixed_HAD = mixed_KXD.view(heads.num_query_heads, ALIGNED_ROWS, heads.head_dim)
+        return mixed_HAD[:, self._places].transpose(0, 1).reshape(len(q_THD), -1)
 
 
 class AttentionPlan:
     """All parts of a step for the layers that share one window."""
 
-    def __init__(
-        self, spans: Sequence[Span], heads: Heads, cache: KvCache, window: int | None, *, deterministic: bool
-    ) -> None:
+    def __init__(self, spans: Sequence[Span], site: Site, window: int | None, *, deterministic: bool) -> None:
         """`spans` in row order: those of one row first, longest first."""
         self.parts: list[Part] = []
         if deterministic:
             for span in spans:
-                self.parts += _aligned_tiles(span, heads, cache, window)
+                tiles = range(span.start // ALIGNED_ROWS, (span.end - 1) // ALIGNED_ROWS + 1)
+                self.parts += [AlignedTile(span, tile, site, window) for tile in tiles]
             return
         num_decodes = sum(span.num_rows == 1 for span in spans)
-        for group in _length_groups(spans[:num_decodes], cache.layout.block_size, window):
-            self.parts.append(DecodeGroup(group, heads, cache, window))
+        for group in _length_groups(spans[:num_decodes], site.cache.layout.block_size, window):
+            self.parts.append(DecodeGroup(group, site, window))
         for span in spans[num_decodes:]:
-            self.parts.append(PromptTiles(span, heads, cache, window))
+            self.parts.append(PromptTiles(span, site, window))
 
     def attend(self, q_THD: torch.Tensor, pieces: torch.Tensor) -> torch.Tensor:
         """Rows [T, H, D] of rotated queries to rows [T, H * D]; the step's own keys are in the cache already."""
-        out_TE = q_THD.new_empty(q_THD.shape[0], q_THD.shape[1] * q_THD.shape[2])
-        for part in self.parts:
-            part.attend(q_THD, pieces, out_TE)
-        return out_TE
+        if len(self.parts) == 1:
+            return self.parts[0].attend(q_THD, pieces)
+        return torch.cat([part.attend(q_THD[part.rows], pieces) for part in self.parts])
 
 
 def _first_key(position: int, window: int | None) -> int:
@@ -232,19 +252,25 @@ def _stacked_queries(q_THD: torch.Tensor, heads: Heads) -> torch.Tensor:
     return q_HTD.view(heads.num_kv_heads, heads.group * num_rows, heads.head_dim)
 
 
+def _hidden(first_query: int, last_query: int, first_key: int, last_key: int, window: int | None) -> torch.Tensor:
+    """bool [queries, keys]: what positions [first_key, last_key) the queries [first_query, last_query) do not see."""
+    queries = torch.arange(first_query, last_query)[:, None]
+    keys = torch.arange(first_key, last_key)[None, :]
+    hidden = keys > queries
+    return hidden if window is None else hidden | (keys <= queries - window)
+
+
 def _hidden_keys(
-    spans: Sequence[Span], firsts: Sequence[int], num_keys: int, size: int, window: int | None, device: torch.device
-) -> tuple[int, torch.Tensor] | None:
-    """From which gathered key on some are hidden, and which: bool [B, 1, keys from there]. None: every key is seen."""
+    spans: Sequence[Span], firsts: Sequence[int], num_keys: int, size: int, window: int | None
+) -> tuple[int, torch.Tensor]:
+    """From which gathered key on some are hidden from a row, and which: bool [B, 1, keys from there on]."""
     origins = np.array(firsts, dtype=np.int64) * size
     ends = np.array([span.end for span in spans], dtype=np.int64) - origins
     starts = np.array([_first_key(span.start, window) for span in spans], dtype=np.int64) - origins
     first = 0 if starts.any() else int(ends.min())
-    if first == num_keys:
-        return None
     keys = np.arange(first, num_keys)[None, :]
     hidden = (keys >= ends[:, None]) | (keys < starts[:, None])
-    return first, torch.from_numpy(hidden[:, None, :]).to(device)
+    return first, torch.from_numpy(hidden[:, None, :])
 
 
 def _length_groups(spans: Sequence[Span], size: int, window: int | None) -> list[Sequence[Span]]:
@@ -262,12 +288,3 @@ def _length_groups(spans: Sequence[Span], size: int, window: int | None) -> list
     if begin < len(spans):
         groups.append(spans[begin:])
     return groups
-
-
-def _aligned_tiles(span: Span, heads: Heads, cache: KvCache, window: int | None) -> list[AlignedTile]:
-    tiles = []
-    for tile in range(span.start // ALIGNED_ROWS, (span.end - 1) // ALIGNED_ROWS + 1):
-        low = max(span.start, tile * ALIGNED_ROWS)
-        high = min(span.end, (tile + 1) * ALIGNED_ROWS)
-        tiles.append(AlignedTile(span, tile, heads, cache, window, low, high))
-    return tiles

@@ -13,15 +13,30 @@ import torch
 
 from transload.arch import ModelArch
 from transload.control.messages import Chunk
-from transload.model.attention import AttentionPlan, Heads, Span
-from transload.model.kv_cache import KvCache
+from transload.model.attention import AttentionPlan, Heads, Site, Span
+from transload.model.kv_cache import IntArray, KvCache
 from transload.model.rope import RotaryEmbedding, Rotation
 
 
 class Batch:
-    """One micro-batch of a step: T rows through all layers."""
+    """One micro-batch of a step: T rows through all layers, and the R rows after which a token is drawn.
 
-    __slots__ = ("cache", "key_rows", "micro_batch", "plans", "rotation", "sampled", "step", "token_ids", "value_rows")
+    Only those R rows need the last layer's output: the others are there for their keys and values. So the last layer
+    has a plan of its own, for the rows `kept`.
+    """
+
+    __slots__ = (
+        "cache",
+        "drawn",
+        "kept",
+        "key_rows",
+        "micro_batch",
+        "plans",
+        "rotation",
+        "step",
+        "token_ids",
+        "value_rows",
+    )
 
     def __init__(
         self,
@@ -34,7 +49,8 @@ class Batch:
         key_rows: torch.Tensor,
         value_rows: torch.Tensor,
         plans: tuple[AttentionPlan, ...],
-        sampled: torch.Tensor | None,
+        kept: torch.Tensor,
+        drawn: torch.Tensor,
     ) -> None:
         self.step = step
         self.micro_batch = micro_batch
@@ -44,7 +60,8 @@ class Batch:
         self.key_rows = key_rows  # int64 [T * kv_heads]: where in the cache this step's keys go, in any layer
         self.value_rows = value_rows
         self.plans = plans  # one per layer; layers with the same window share one
-        self.sampled = sampled  # int64: rows after which a token is drawn, in the order of the chunks; None: no row
+        self.kept = kept  # int64 [R]: rows of T
+        self.drawn = drawn  # int64 [R]: places in `kept`, in the order of the chunks that sample
 
 
 class BatchBuilder:
@@ -57,27 +74,23 @@ class BatchBuilder:
         self._rotary = rotary
         self._deterministic = deterministic
         self._device = device
-        self._heads = Heads(arch.num_heads, arch.num_kv_heads, arch.head_dim)
+        self._site = Site(Heads(arch.num_heads, arch.num_kv_heads, arch.head_dim), cache)
         self._windows = layer_windows(arch)
 
     def build(self, chunks: Sequence[Chunk], *, step: int, micro_batch: int = 0) -> Batch:
         """Lay the chunks out as rows and open their new blocks in the cache. At least one chunk."""
         order = sorted(range(len(chunks)), key=lambda place: (chunks[place].num_tokens > 1, -chunks[place].start))
         spans: list[Span] = []
-        last_rows = [0] * len(chunks)
         tokens: list[int] = []
-        num_rows = 0
         for place in order:
             chunk = chunks[place]
             end = chunk.start + chunk.num_tokens
-            num_blocks = (end - 1) // self._cache.layout.block_size + 1
-            spans.append(Span(num_rows, chunk.start, chunk.num_tokens, _as_array(chunk.blocks[:num_blocks])))
-            self._clear_block_end(spans[-1])
+            blocks = chunk.blocks[: (end - 1) // self._cache.layout.block_size + 1]
+            spans.append(Span(len(tokens), chunk.start, chunk.num_tokens, np.array(blocks, dtype=np.int64)))
             tokens += chunk.tokens[chunk.start : end]
-            num_rows += chunk.num_tokens
-            last_rows[place] = num_rows - 1
-        assert len(tokens) == num_rows, "a chunk's tokens are all known"
-        sampled = [last_rows[place] for place, chunk in enumerate(chunks) if chunk.samples]
+            self._clear_block_end(spans[-1])
+        assert len(tokens) == sum(chunk.num_tokens for chunk in chunks), "a chunk's tokens are all known"
+        kept, drawn, last_spans = _drawn_rows(chunks, order, spans)
         key_rows, value_rows = self._cache_rows(spans)
         return Batch(
             step=step,
@@ -87,8 +100,9 @@ class BatchBuilder:
             cache=self._cache,
             key_rows=torch.from_numpy(key_rows).to(self._device),
             value_rows=torch.from_numpy(value_rows).to(self._device),
-            plans=self._plans(spans),
-            sampled=self._to_device(sampled) if sampled else None,
+            plans=self._plans(spans, last_spans),
+            kept=self._to_device(kept),
+            drawn=self._to_device(drawn),
         )
 
     def _to_device(self, numbers: list[int]) -> torch.Tensor:
@@ -101,7 +115,7 @@ class BatchBuilder:
         if used and span.end - used >= span.start:
             self._cache.clear_from(int(span.blocks[-1]), used)
 
-    def _cache_rows(self, spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
+    def _cache_rows(self, spans: Sequence[Span]) -> tuple[IntArray, IntArray]:
         size = self._cache.layout.block_size
         positions = _positions(spans)
         blocks = np.concatenate([span.blocks[np.arange(span.start, span.end) // size] for span in spans])
@@ -111,12 +125,25 @@ class BatchBuilder:
         per_row = np.repeat(np.array(num_prompt_tokens, dtype=np.int64), [span.num_rows for span in spans])
         return self._rotary.at(torch.from_numpy(_positions(spans)), torch.from_numpy(per_row))
 
-    def _plans(self, spans: Sequence[Span]) -> tuple[AttentionPlan, ...]:
-        by_window = {
-            window: AttentionPlan(spans, self._heads, self._cache, window, deterministic=self._deterministic)
-            for window in dict.fromkeys(self._windows)
-        }
-        return tuple(by_window[window] for window in self._windows)
+    def _plans(self, spans: Sequence[Span], last_spans: Sequence[Span]) -> tuple[AttentionPlan, ...]:
+        windows = self._windows[:-1]
+        by_window = {window: self._plan(spans, window) for window in dict.fromkeys(windows)}
+        return (*(by_window[window] for window in windows), self._plan(last_spans, self._windows[-1]))
+
+    def _plan(self, spans: Sequence[Span], window: int | None) -> AttentionPlan:
+        return AttentionPlan(spans, self._site, window, deterministic=self._deterministic)
+
+
+def _drawn_rows(
+    chunks: Sequence[Chunk], order: Sequence[int], spans: Sequence[Span]
+) -> tuple[list[int], list[int], list[Span]]:
+    """Rows that the last layer keeps, longest context first; their places by chunk; and they as spans of one row."""
+    sampling = [(place, span) for place, span in zip(order, spans, strict=True) if chunks[place].samples]
+    sampling.sort(key=lambda entry: -entry[1].end)
+    kept = [span.first_row + span.num_rows - 1 for _, span in sampling]
+    places = [place for place, _ in sampling]
+    drawn = sorted(range(len(places)), key=places.__getitem__)
+    return kept, drawn, [Span(row, span.end - 1, 1, span.blocks) for row, (_, span) in enumerate(sampling)]
 
 
 def layer_windows(arch: ModelArch) -> tuple[int | None, ...]:
@@ -127,9 +154,5 @@ def layer_windows(arch: ModelArch) -> tuple[int | None, ...]:
     return tuple(arch.sliding_window if slide else None for slide in slides)
 
 
-def _as_array(blocks: Sequence[int]) -> np.ndarray:
-    return np.array(blocks, dtype=np.int64)
-
-
-def _positions(spans: Sequence[Span]) -> np.ndarray:
+def _positions(spans: Sequence[Span]) -> IntArray:
     return np.concatenate([np.arange(span.start, span.end, dtype=np.int64) for span in spans])

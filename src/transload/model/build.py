@@ -98,6 +98,5 @@ def build_feed_forward(weights: WeightSource, layer: int) -> FeedForward:
     return FeedForward(
         weights.fused(prefix, both, arch.hidden_size, biased=arch.mlp_bias),
         weights.fused(prefix, {"down_proj": arch.hidden_size}, arch.intermediate_size, biased=arch.mlp_bias),
-        arch.intermediate_size,
         deterministic=weights.proof is not None,
     )

@@ -86,33 +86,34 @@ class TorchExecutor:
             return StepDone(step=step.step, sampled=(), seconds=perf_counter() - started)
         batch = self._batches.build(step.chunks, step=step.step)
         streams = any(chunk.streams for chunk in step.chunks)
-        residual_TE = self._run_layers(batch, layers_ready if streams else None)
+        residual_RE = self._run_layers(batch, layers_ready if streams else None)
         sampled: tuple[Sampled, ...] = ()
-        if batch.sampled is not None:
-            logits_RV = self._model.attention.logits(residual_TE.index_select(0, batch.sampled))
+        if len(residual_RE):
+            logits_RV = self._model.attention.logits(residual_RE)
             sampled = self._sampler.sample(logits_RV, [chunk for chunk in step.chunks if chunk.samples])
         else:
             self._wait_for_device()
         return StepDone(step=step.step, sampled=sampled, seconds=perf_counter() - started)
 
     def _run_layers(self, batch: Batch, layers_ready: Callable[[int, int], None] | None) -> torch.Tensor:
-        """Answer each feed-forward call on the spot; the residual [T, E] after the last layer."""
+        """Answer each feed-forward call on the spot; the residual [R, E] of the rows that draw a token."""
         calls = self._model.attention.run(batch)
         feed_forwards = self._model.feed_forwards
-        num_layers, reported = len(feed_forwards), 0
-        call = next(calls)
-        while True:
-            if layers_ready is not None:
-                written = call.layer + 1
-                if written - reported == self._layers_per_frame or written == num_layers:
+        reported = 0
+        try:
+            call = next(calls)
+            while True:
+                if layers_ready is not None and call.layer + 1 - reported >= self._layers_per_frame:
                     self._wait_for_device()
-                    layers_ready(reported, written)
-                    reported = written
-            try:
+                    layers_ready(reported, call.layer + 1)
+                    reported = call.layer + 1
                 call = calls.send(feed_forwards[call.layer](call.hidden))
-            except StopIteration as finished:
-                residual_TE: torch.Tensor = finished.value
-                return residual_TE
+        except StopIteration as finished:
+            residual_RE: torch.Tensor = finished.value
+        if layers_ready is not None and reported < len(feed_forwards):
+            self._wait_for_device()
+            layers_ready(reported, len(feed_forwards))
+        return residual_RE
 
     def _wait_for_device(self) -> None:
         """Until all queued work is done: a transport may then read the cache, and time is measured honestly."""

@@ -32,7 +32,8 @@ class FfnCall:
 
 
 LayerCalls = Generator[FfnCall, torch.Tensor, torch.Tensor]
-"""Yields one call a layer; is sent its result [T, E]; returns the residual [T, E] after the last layer."""
+"""Yields a call a layer; is sent its result, rows as in `hidden`; returns the residual [R, E] after the last layer, of
+the rows after which a token is drawn, in the order of the chunks."""
 
 
 class RmsNorm:
@@ -48,7 +49,7 @@ class RmsNorm:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = x.float()
-        squares = torch.linalg.vecdot(x, x).unsqueeze(-1)
+        squares = x.square().sum(-1, keepdim=True)
         scale = torch.add(self._eps, squares, alpha=self._inverse_size).rsqrt_()
         return (x * scale).mul_(self._weight).to(self._dtype)
 
@@ -78,37 +79,39 @@ class AttentionLayer:
         self._output = output
         self._ffn_norm = ffn_norm
 
-    def __call__(self, layer: int, residual_TE: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Write this step's keys and values, add attention to the residual in place, return the normed rows [T, E]."""
+    def project(self, layer: int, residual_TE: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Write the rows' keys and values into the cache; return their rotated queries [T, H, D]."""
         num_q, num_rotated = self._num_query_heads, self._num_rotated
-        qkv_TXD = self._qkv(self._input_norm(residual_TE)).view(residual_TE.shape[0], -1, self._head_dim)
+        qkv_TXD = self._qkv(self._input_norm(residual_TE)).view(len(residual_TE), -1, self._head_dim)
+        qk_TXD, v_TKD = qkv_TXD.tensor_split((num_rotated,), 1)
         if self._query_norm is not None and self._key_norm is not None:
-            qkv_TXD[:, :num_q] = self._query_norm(qkv_TXD[:, :num_q])
-            qkv_TXD[:, num_q:num_rotated] = self._key_norm(qkv_TXD[:, num_q:num_rotated])
-        qk_TXD = batch.rotation(qkv_TXD[:, :num_rotated])
+            qk_TXD[:, :num_q] = self._query_norm(qk_TXD[:, :num_q])
+            qk_TXD[:, num_q:] = self._key_norm(qk_TXD[:, num_q:])
+        q_THD, k_TKD = batch.rotation(qk_TXD).tensor_split((num_q,), 1)
         rows = batch.cache.rows[layer]
-        rows.index_copy_(0, batch.key_rows, qk_TXD[:, num_q:].reshape(-1, self._head_dim))
-        rows.index_copy_(0, batch.value_rows, qkv_TXD[:, num_rotated:].reshape(-1, self._head_dim))
-        mixed_TE = batch.plans[layer].attend(qk_TXD[:, :num_q], batch.cache.pieces[layer])
-        residual_TE += self._output(mixed_TE)
+        rows.index_copy_(0, batch.key_rows, k_TKD.reshape(-1, self._head_dim))
+        rows.index_copy_(0, batch.value_rows, v_TKD.reshape(-1, self._head_dim))
+        return q_THD
+
+    def attend(self, layer: int, q_THD: torch.Tensor, residual_TE: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Add the attention output to the residual, in place; return the normed rows [T, E] for the feed-forward."""
+        residual_TE += self._output(batch.plans[layer].attend(q_THD, batch.cache.pieces[layer]))
         return self._ffn_norm(residual_TE)
 
 
 class FeedForward:
     """down(silu(gate(x)) * up(x))."""
 
-    __slots__ = ("_deterministic", "_down", "_gate_up", "_intermediate")
+    __slots__ = ("_deterministic", "_down", "_gate_up")
 
-    def __init__(self, gate_up: Linear, down: Linear, intermediate: int, *, deterministic: bool) -> None:
+    def __init__(self, gate_up: Linear, down: Linear, *, deterministic: bool) -> None:
         """`gate_up` [2 I, E] stacks both projections."""
         self._gate_up = gate_up
         self._down = down
-        self._intermediate = intermediate
         self._deterministic = deterministic
 
     def __call__(self, hidden_TE: torch.Tensor) -> torch.Tensor:
-        gate_up_TX = self._gate_up(hidden_TE)
-        gate_TI, up_TI = gate_up_TX[:, : self._intermediate], gate_up_TX[:, self._intermediate :]
+        gate_TI, up_TI = self._gate_up(hidden_TE).chunk(2, -1)
         silu = _steady_silu if self._deterministic else functional.silu
         return self._down(silu(gate_TI).mul_(up_TI))
 
@@ -140,13 +143,23 @@ class AttentionSide:
         return len(self._layers)
 
     def run(self, batch: Batch) -> LayerCalls:
-        """One micro-batch through all layers. When a call is yielded, its layer's keys and values are in the cache."""
+        """One micro-batch through all layers. When a call is yielded, its layer's keys and values are in the cache.
+
+        The last layer's call has only the rows after which a token is drawn, and is left out if there are none.
+        """
         residual_TE = functional.embedding(batch.token_ids, self._embedding).float()
+        last = len(self._layers) - 1
         for number, layer in enumerate(self._layers):
-            hidden_TE = layer(number, residual_TE, batch)
+            q_THD = layer.project(number, residual_TE, batch)
+            if number == last:
+                if len(batch.kept) == 0:
+                    return residual_TE[:0]
+                if len(batch.kept) < len(residual_TE):
+                    q_THD, residual_TE = q_THD[batch.kept], residual_TE[batch.kept]
+            hidden_TE = layer.attend(number, q_THD, residual_TE, batch)
             ffn_TE = yield FfnCall(batch.step, number, batch.micro_batch, hidden_TE)
             residual_TE += ffn_TE
-        return residual_TE
+        return residual_TE[batch.drawn]
 
     def logits(self, residual_TE: torch.Tensor) -> torch.Tensor:
         """[R, V] in the model's dtype, of rows [R, E] that `run` returned."""

@@ -91,23 +91,25 @@ def _yarn(rope: Rope, dim: int, wavelengths_F: torch.Tensor, trained: int) -> to
 
 
 class Rotation:
-    """The rotations of one step's rows, ready for every layer."""
+    """The rotations of one step's rows, and the memory for what they give, shared by all layers in turn."""
 
-    __slots__ = ("_cos_TD", "_minus_sin_TF", "_num_frequencies", "_sin_TF")
+    __slots__ = ("_cos_T1D", "_high_THF", "_low_THF", "_minus_sin_T1F", "_out_THD", "_sin_T1F")
 
-    def __init__(self, cos_T1D: torch.Tensor, sin_T1F: torch.Tensor) -> None:
-        self._cos_TD = cos_T1D
-        self._sin_TF = sin_T1F
-        self._minus_sin_TF = -sin_T1F
-        self._num_frequencies = sin_T1F.shape[-1]
+    def __init__(self, cos_T1D: torch.Tensor, sin_T1F: torch.Tensor, num_heads: int) -> None:
+        num_rows, _, head_dim = cos_T1D.shape
+        self._cos_T1D = cos_T1D
+        self._sin_T1F = sin_T1F
+        self._minus_sin_T1F = -sin_T1F
+        self._out_THD = cos_T1D.new_empty(num_rows, num_heads, head_dim)
+        self._low_THF, self._high_THF = self._out_THD.chunk(2, -1)
 
     def __call__(self, x_THD: torch.Tensor) -> torch.Tensor:
-        """The rotated rows, in new memory."""
-        half = self._num_frequencies
-        out_THD = x_THD * self._cos_TD
-        out_THD[..., :half].addcmul_(x_THD[..., half:], self._minus_sin_TF)
-        out_THD[..., half:].addcmul_(x_THD[..., :half], self._sin_TF)
-        return out_THD
+        """The rotated rows; they stay as they are until the next call."""
+        low_THF, high_THF = x_THD.chunk(2, -1)
+        torch.mul(x_THD, self._cos_T1D, out=self._out_THD)
+        self._low_THF.addcmul_(high_THF, self._minus_sin_T1F)
+        self._high_THF.addcmul_(low_THF, self._sin_T1F)
+        return self._out_THD
 
 
 class RotaryEmbedding:
@@ -118,6 +120,7 @@ class RotaryEmbedding:
         self._dtype = dtype
         self._device = device
         self._scaling = attention_scaling(arch.rope)
+        self._num_heads = arch.num_heads + arch.num_kv_heads
         self._by_length = arch.rope.kind == "dynamic"
         self._inverse_F = inverse_frequencies(arch)
         self._cos_PD = torch.empty(0)
@@ -134,12 +137,12 @@ class RotaryEmbedding:
         """
         if self._by_length:
             lengths_T = torch.maximum(positions_T + 1, num_prompt_tokens_T)
-            return Rotation(*self._compute(positions_T, self._frequencies_for(lengths_T)))
+            return Rotation(*self._compute(positions_T, self._frequencies_for(lengths_T)), self._num_heads)
         largest = int(positions_T.max())
         if largest >= len(self._cos_PD):
             self._grow(1 << largest.bit_length())
         rows_T = positions_T.to(self._device)
-        return Rotation(self._cos_PD[rows_T].unsqueeze(1), self._sin_PF[rows_T].unsqueeze(1))
+        return Rotation(self._cos_PD[rows_T].unsqueeze(1), self._sin_PF[rows_T].unsqueeze(1), self._num_heads)
 
     def _grow(self, num_positions: int) -> None:
         cos_P1D, sin_P1F = self._compute(torch.arange(num_positions), self._inverse_F)
