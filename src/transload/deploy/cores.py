@@ -14,13 +14,15 @@ def assign_cores(pools: Sequence[Pool], usable: Sequence[int]) -> tuple[list[lis
     """Cores for each worker of each pool (none: not pinned), warnings and problems.
 
     Pools that name their cores come first. The others take distinct ones of what is left, `threads` a worker, in the
-    order of `usable`; when those run out, they begin anew.
+    order of `usable`; when those run out, they begin anew. Workers that start elsewhere have cores that nobody here
+    knows: they get what is listed for them, or none.
     """
     warnings: list[str] = []
     problems: list[str] = []
-    named = {core for pool in pools if isinstance(pool.cores, tuple) for core in pool.cores}
+    here = [pool for pool in pools if pool.start == "here"]
+    named = {core for pool in here if isinstance(pool.cores, tuple) for core in pool.cores}
     spare = [core for core in usable if core not in named]
-    auto = [pool for pool in pools if pool.cores == "auto"]
+    auto = [pool for pool in here if pool.cores == "auto"]
     wanted = sum(pool.workers * pool.threads for pool in auto)
     if auto and wanted > len(spare):
         names = ", ".join(f'"{pool.name}"' for pool in auto)
@@ -34,16 +36,18 @@ def assign_cores(pools: Sequence[Pool], usable: Sequence[int]) -> tuple[list[lis
         match pool.cores:
             case "any":
                 assigned.append([()] * pool.workers)
+            case "auto" if pool.start == "elsewhere":
+                assigned.append([()] * pool.workers)
             case "auto":
                 assigned.append([_distinct(from_spare, pool.threads) for _ in range(pool.workers)])
             case listed:
-                problems += _unusable(pool, index, usable)
+                problems += _unusable(pool, index, usable) if pool.start == "here" else []
                 if pool.workers * pool.threads > len(listed):
                     threads = pool.workers * pool.threads
                     warnings.append(f'pool "{pool.name}": {_are(len(listed), "core")} listed for {threads} threads')
                 from_listed = cycle(listed)
                 assigned.append([_distinct(from_listed, pool.threads) for _ in range(pool.workers)])
-    return assigned, warnings + _named_twice(pools), problems
+    return assigned, warnings + _named_twice(here), problems
 
 
 def _distinct(cores: Iterator[int], threads: int) -> Cores:

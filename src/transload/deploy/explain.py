@@ -12,8 +12,8 @@ import msgspec
 from transload.arch import ModelArch
 from transload.control.messages import Role
 from transload.deploy.placement import PROCESS_BYTES, workspace_bytes
-from transload.deploy.plan import ComputeDtype, LinkPlan, Placement, WireTransport, WorkerPlan
-from transload.deploy.spec import Router, Targets
+from transload.deploy.plan import ComputeDtype, LinkPlan, Placement, WorkerPlan
+from transload.deploy.spec import Router, Targets, Transport
 
 SHM_BYTES_PER_SECOND = 10e9
 TCP_BYTES_PER_SECOND = 3e9
@@ -56,6 +56,7 @@ class MachineLine(msgspec.Struct, frozen=True, kw_only=True):
 class WorkerLine(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     role: Role
+    starts_here: bool
     device: str
     threads: int
     cores: tuple[int, ...]
@@ -76,7 +77,7 @@ class LinkLine(msgspec.Struct, frozen=True, kw_only=True):
     source: str
     target: str
     crosses: str
-    transport: WireTransport
+    transport: Transport
     bytes_per_token: int
     """For each prompt token that the target does not have cached."""
     bytes_per_prompt: int
@@ -149,6 +150,7 @@ def _worker_line(worker: WorkerPlan, placement: Placement, arch: ModelArch) -> W
     return WorkerLine(
         name=worker.name,
         role=worker.role,
+        starts_here=worker.starts_here,
         device=worker.device,
         threads=worker.threads,
         cores=worker.cores,

@@ -80,10 +80,16 @@ def _plain(value: object, field_name: str) -> object:
 class _Dumper(yaml.SafeDumper):
     """Quotes text that YAML 1.1 or our reader (1.2) would take for something else."""
 
+    def represent_line_breaks(self, text: str) -> yaml.Node:
+        """Text with characters that a reader folds or refuses goes into double quotes, where they are escaped."""
+        style = None if text.isprintable() else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
     def ignore_aliases(self, _data: object) -> bool:
         return True
 
 
+_Dumper.add_representer(str, _Dumper.represent_line_breaks)
 _Dumper.add_implicit_resolver("transload:number", re.compile(rf"(?:{INT.pattern}|{FLOAT.pattern})\Z"), None)
 
 

@@ -12,8 +12,8 @@ import msgspec
 from transload.arch import DTYPE_BYTES, ModelArch
 from transload.deploy.cores import Cores, assign_cores
 from transload.deploy.machine import Gpu, Machine
-from transload.deploy.plan import ComputeDtype, LinkPlan, Placement, WireTransport, WorkerPlan
-from transload.deploy.spec import Deployment, Link, Pool
+from transload.deploy.plan import ComputeDtype, LinkPlan, Placement, WorkerPlan
+from transload.deploy.spec import Deployment, Link, Pool, Transport
 from transload.errors import DeploymentError
 from transload.units import format_bytes
 
@@ -175,6 +175,9 @@ class _Planner:
 
     def _devices(self, pool: Pool, index: int) -> list[str]:
         """The device of each worker; `cuda` spreads them over all GPUs."""
+        if pool.start == "elsewhere":
+            self.warnings.append(f'pool "{pool.name}" starts elsewhere: whether it fits there is not checked here')
+            return [pool.device] * pool.workers
         if pool.device == "cpu":
             return ["cpu"] * pool.workers
         gpus = _gpus_of(pool, self.machine)
@@ -189,7 +192,8 @@ class _Planner:
 
     def _check_quota(self) -> None:
         quota = self.machine.core_quota
-        threads = sum(pool.workers * pool.threads for pool in self.deployment.pools)
+        here = [pool for pool in self.deployment.pools if pool.start == "here"]
+        threads = sum(pool.workers * pool.threads for pool in here)
         if quota is not None and threads > quota:
             self.warnings.append(
                 f"a container limit leaves {quota:g} cores' worth of time for {threads} threads: they will be stopped "
@@ -212,15 +216,14 @@ class _Planner:
     def _link(self, source: Pool, target: Pool, listed: Link | None) -> LinkPlan:
         link = listed or Link(between=(source.name, target.name))
         on_cpu = source.device == target.device == "cpu"
-        transport: WireTransport
-        if link.transport == "auto":
+        here = source.start == target.start == "here"
+        transport: Transport = link.transport
+        if here and transport == "auto":
             transport = "shm" if self.machine.has_memfd and on_cpu else "tcp"
-        else:
-            transport = link.transport
-            if transport == "shm" and not self.machine.has_memfd:
-                self.problems.append(
-                    f'link between "{source.name}" and "{target.name}": shm needs Linux; set its transport to tcp'
-                )
+        elif here and transport == "shm" and not self.machine.has_memfd:
+            self.problems.append(
+                f'link between "{source.name}" and "{target.name}": shm needs Linux; set its transport to tcp'
+            )
         layers = link.layers_per_frame or math.ceil(self.arch.num_layers / FRAMES_PER_CHUNK)
         return LinkPlan(
             source=source.name,
@@ -255,8 +258,11 @@ class _Planner:
                         f"raise pools.{pool.name}.memory"
                     )
                 continue
-            share = min((self._fair_share(device, devices) for device in set(devices[index])), default=0)
             contexts = DEFAULT_CONTEXTS * math.ceil(self.wanted_context / pool.block_size)
+            if pool.start == "elsewhere":
+                caches.append(contexts)
+                continue
+            share = min(self._fair_share(device, devices) for device in set(devices[index]))
             least = math.ceil(min(LEAST_CONTEXT, self.wanted_context) / pool.block_size)
             caches.append(max(least, min(contexts, share // block_bytes)))
         return caches
@@ -269,7 +275,7 @@ class _Planner:
         free = memory.free_bytes * DEFAULT_FREE_SHARE
         num_sharing = 0
         for pool, places in zip(self.deployment.pools, devices, strict=True):
-            num_here = places.count(device)
+            num_here = places.count(device) if pool.start == "here" else 0
             free -= num_here * (self._beside_cache(pool, device) + (pool.memory_bytes or 0))
             num_sharing += num_here if pool.memory_bytes is None else 0
         return int(max(0.0, min(memory.total_bytes * DEFAULT_SHARE, free / max(1, num_sharing))))
@@ -303,7 +309,7 @@ class _Planner:
         """Each device's memory against what all its workers need together."""
         pools = {pool.name: pool for pool in self.deployment.pools}
         for device, memory in self.memories.items():
-            here = [worker for worker in workers if worker.device == device]
+            here = [worker for worker in workers if worker.device == device and worker.starts_here]
             needs = {w.name: w.kv_bytes + self._beside_cache(pools[w.pool], device) for w in here}
             needed = sum(needs.values())
             if needed <= memory.free_bytes:

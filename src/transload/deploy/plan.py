@@ -8,10 +8,9 @@ import msgspec
 
 from transload.control.messages import Role
 from transload.deploy.machine import Machine
-from transload.deploy.spec import Deployment, Limits, ModelSpec
+from transload.deploy.spec import Deployment, Limits, ModelSpec, Transport
 
 ComputeDtype = Literal["float32", "bfloat16"]
-WireTransport = Literal["shm", "tcp"]
 
 
 class LinkPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,7 +20,8 @@ class LinkPlan(msgspec.Struct, frozen=True, kw_only=True):
     """The prefill pool."""
     target: str
     """The decode pool."""
-    transport: WireTransport
+    transport: Transport
+    """auto only if a pool starts elsewhere: decided when its workers meet the others."""
     layers_per_frame: int
     window_frames: int
     lease_seconds: float
@@ -58,7 +58,7 @@ class WorkerPlan(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
 
     @property
-    def transports(self) -> dict[str, WireTransport]:
+    def transports(self) -> dict[str, Transport]:
         """By the pool at the other end."""
         return {link.target if link.source == self.pool else link.source: link.transport for link in self.links}
 

@@ -72,11 +72,12 @@ def _worker_table(workers: tuple[WorkerLine, ...]) -> Table:
 
 
 def _runs_on(worker: WorkerLine) -> str:
+    where = "" if worker.starts_here else "elsewhere: "
     threads = f"{worker.threads} thread{'s' if worker.threads > 1 else ''}"
     if not worker.cores:
-        return f"{worker.device}, {threads}, not pinned"
+        return f"{where}{worker.device}, {threads}, not pinned"
     cores = ", ".join(str(core) for core in worker.cores)
-    return f"{worker.device}, {threads} on core{'s' if len(worker.cores) > 1 else ''} {cores}"
+    return f"{where}{worker.device}, {threads} on core{'s' if len(worker.cores) > 1 else ''} {cores}"
 
 
 def _show_links(explanation: Explanation, console: Console) -> None:
