@@ -6,7 +6,6 @@ from transload.control.controller import Controller
 from transload.control.messages import (
     ControllerCommand,
     ControllerEvent,
-    Finish,
     HandoffFailed,
     KvVerified,
     Load,
@@ -20,7 +19,10 @@ from transload.server.metrics import Metrics
 
 
 class MetricsFeed:
-    """Call it with every event before, and every command after, the controller handles it."""
+    """Call it with every event before, and every command after, the controller handles it.
+
+    Requests and their tokens are counted by `call.py`, which knows what the caller got.
+    """
 
     def __init__(self, metrics: Metrics, controller: Controller) -> None:
         self._metrics = metrics
@@ -46,8 +48,6 @@ class MetricsFeed:
                 self._count_workers()
             case RestartWorker(worker):
                 self._metrics.worker_restarted(worker)
-            case Finish():
-                self._metrics.request_ended(message.num_prompt_tokens, message.num_outputs, message.num_cached_tokens)
             case _:
                 pass
 
