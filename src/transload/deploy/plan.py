@@ -11,6 +11,8 @@ from transload.deploy.machine import Machine
 from transload.deploy.spec import Deployment, Limits, ModelSpec, Transport
 
 ComputeDtype = Literal["float32", "bfloat16"]
+WireTransport = Transport
+"""What a link is told to use. auto only if a worker starts elsewhere: then its peers decide when they meet."""
 
 
 class LinkPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -20,8 +22,7 @@ class LinkPlan(msgspec.Struct, frozen=True, kw_only=True):
     """The prefill pool."""
     target: str
     """The decode pool."""
-    transport: Transport
-    """auto only if a pool starts elsewhere: decided when its workers meet the others."""
+    transport: WireTransport
     layers_per_frame: int
     window_frames: int
     lease_seconds: float
@@ -58,7 +59,7 @@ class WorkerPlan(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
 
     @property
-    def transports(self) -> dict[str, Transport]:
+    def transports(self) -> dict[str, WireTransport]:
         """By the pool at the other end."""
         return {link.target if link.source == self.pool else link.source: link.transport for link in self.links}
 
