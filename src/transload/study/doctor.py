@@ -219,14 +219,16 @@ def check_model() -> Check:
 def check_port(host: str, port: int) -> Check:
     """Whether the server could listen there now."""
     name = f"port {port}"
+    if not 0 <= port <= 65_535:
+        return Check(name=name, status="warn", found="no such port", advice="choose one from 0 to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
             probe.listen(1)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+    except OSError as error:
+        reason = error.strerror or str(error)
         advice = "serve elsewhere: --port 0 takes any free port"
         return Check(name=name, status="warn", found=f"{host}: {reason}", advice=advice)
     return Check(name=name, status="ok", found=f"free on {host}")
