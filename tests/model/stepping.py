@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from transload.arch import ModelArch
-from transload.control.messages import Chunk, Request, RequestId, RunStep, Sampling, StepDone
+from transload.control.messages import Chunk, Request, RequestId, RunStep, Sampled, Sampling, StepDone
 from transload.model.build import build_model
 from transload.model.executor import TorchExecutor
 from transload.model.hf_config import read_arch
+from transload.model.sampler import Sampler
 from transload.transfer.layout import KvLayout
 
 GREEDY = Sampling(temperature=0.0)
@@ -28,6 +29,18 @@ def tensors_of(oracle: Any, arch: ModelArch) -> dict[str, torch.Tensor]:
     if arch.tied_embeddings:
         tensors.pop("lm_head.weight", None)
     return tensors
+
+
+class Recorder(Sampler):
+    """Keeps the logits it was shown last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = torch.empty(0)
+
+    def sample(self, logits_RV: torch.Tensor, chunks: Sequence[Chunk]) -> tuple[Sampled, ...]:
+        self.logits = logits_RV.float()
+        return super().sample(logits_RV, chunks)
 
 
 class Running:
@@ -73,19 +86,17 @@ class Stepper:
             dtype=str(dtype).removeprefix("torch."),
         )
         self.executor = TorchExecutor(model, layout, num_blocks, threads=threads)
-        self.logits = torch.empty(0)
         self.block_size = block_size
         self.free = list(range(num_blocks))
         random.Random(seed).shuffle(self.free)
         self._num_steps = 0
         self._next_id = 0
-        sample = self.executor._sampler.sample
+        self._recorder = self.executor._sampler = Recorder()
 
-        def recording(logits: torch.Tensor, chunks: Sequence[Chunk]) -> Any:
-            self.logits = logits.float()
-            return sample(logits, chunks)
-
-        self.executor._sampler.sample = recording  # type: ignore[method-assign]
+    @property
+    def logits(self) -> torch.Tensor:
+        """Of the last step, float32, a row for each chunk that sampled."""
+        return self._recorder.logits
 
     def add(self, prompt: Sequence[int], sampling: Sampling = GREEDY, max_tokens: int = 64) -> Running:
         self._next_id += 1
