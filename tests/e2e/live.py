@@ -31,10 +31,11 @@ class LiveServer:
         command = [sys.executable, "-m", "transload", "serve", "--port", "0", *arguments]
         if event_log is not None:
             command += ["--event-log", str(event_log)]
-        self._output = tempfile.NamedTemporaryFile("w+", suffix=".log", delete=False)  # noqa: SIM115 - closed in stop
-        self.process = subprocess.Popen(
-            command, stdout=self._output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
-        )
+        self._output = Path(tempfile.mkdtemp(prefix="transload-test-")) / "output.log"
+        with self._output.open("w") as output:
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+            )
         self.url = ""
         self._seen: dict[int, psutil.Process] = {}
         self._wait = wait
@@ -69,7 +70,7 @@ class LiveServer:
         return eventually(find, START_SECONDS)
 
     def output(self) -> str:
-        return Path(self._output.name).read_text()
+        return self._output.read_text()
 
     @property
     def client(self) -> openai.OpenAI:
@@ -132,7 +133,8 @@ class LiveServer:
         assert self.metric("transload_leaked_blocks") == 0
 
     def stop(self, number: signal.Signals = signal.SIGINT) -> int:
-        """Stop as Ctrl-C does; assert that every process has gone. Returns the exit code."""
+        """Stop as Ctrl-C does; assert that every process has gone. Returns the exit code. May be called twice."""
+        self.url = ""
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(self.process.pid).children(recursive=True):
                 self._seen[child.pid] = child
@@ -141,7 +143,6 @@ class LiveServer:
         code = self.process.wait(30)
         _, alive = psutil.wait_procs(list(self._seen.values()), 10)
         assert not alive, f"still there after the server has ended: {alive}"
-        self._output.close()
         return code
 
 

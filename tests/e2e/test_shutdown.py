@@ -1,0 +1,73 @@
+"""However a server ends, it leaves no process, no shared memory and no file behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import psutil
+import pytest
+
+from tests.e2e.live import LiveServer, eventually, leaves_no_files
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_everything(number: signal.Signals) -> None:
+    with leaves_no_files(), LiveServer() as server:
+        server.workers()
+        assert server.stop(number) == 0
+        assert "every worker is gone" in server.output()
+
+
+def test_a_signal_lets_running_requests_finish() -> None:
+    with LiveServer() as server:
+        texts: list[str] = []
+
+        def ask() -> None:
+            answer = server.client.completions.create(
+                model="default", prompt="Once", max_tokens=60, temperature=0, extra_body={"ignore_eos": True}
+            )
+            texts.append(answer.choices[0].finish_reason)
+
+        caller = threading.Thread(target=ask)
+        caller.start()
+        eventually(lambda: server.get("/health")["requests"] == 1)
+        server.stop(signal.SIGTERM)
+        caller.join(30)
+        assert texts == ["length"]
+
+
+def test_a_signal_while_starting_leaves_nothing() -> None:
+    with leaves_no_files():
+        server = LiveServer(wait=False)
+        eventually(lambda: psutil.Process(server.process.pid).children())
+        assert server.stop(signal.SIGINT) == 130
+
+
+def test_workers_leave_when_their_front_end_is_killed() -> None:
+    with leaves_no_files():
+        server = LiveServer()
+        server.wait_until_ready()
+        workers = [psutil.Process(server.pid(name)) for name in server.workers()]
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.process.wait(10)
+        gone, alive = psutil.wait_procs(workers, 10)
+        assert len(gone) == 2
+        assert not alive
+
+
+def test_a_worker_can_be_told_by_its_command_line() -> None:
+    with LiveServer() as server:
+        line = " ".join(psutil.Process(server.pid("decode-0")).cmdline())
+        assert "transload worker" in line
+        assert "--name decode-0" in line
+
+
+def test_a_model_that_is_not_there_is_a_clear_error_and_no_process_stays() -> None:
+    server = LiveServer("--model", "/nowhere/model.gguf", wait=False)
+    assert server.process.wait(60) == 2
+    assert "/nowhere/model.gguf" in server.output()
+    server.stop()
