@@ -191,7 +191,8 @@ class Handshake:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise HandoffError(f"the peer sent no word of a handshake: {error}") from None
         if isinstance(word, Refusal):
-            raise LinkRefused(f"{self._me.peer or 'the caller'} refuses a link with {self._me.worker}: {word}", word)
+            name = self.peer.worker if self.peer else self._me.peer
+            raise LinkRefused(f"{name or 'a caller'} refuses a link with {self._me.worker}: {word}", word, name)
         if not isinstance(word, expected):
             raise HandoffError(f"the peer sent {type(word).__name__} where {expected.__name__} is due")
         return word

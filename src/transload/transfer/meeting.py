@@ -105,7 +105,9 @@ class Meeting:
             tune_tcp(sock)
             peer = handshake.accept()
             link = self._make_link(peer, sock, self._map(handshake, peer))
-            refusal = self._registry.register(link, dialed=False, deadline=deadline)
+            # Half the time, so that the dialer, who began earlier, still hears why not.
+            patience = deadline - self._options.handshake_seconds / 2
+            refusal = self._registry.register(link, dialed=False, deadline=patience)
             if refusal is None:
                 self._open(attempt, link, lambda: handshake.welcome(self._memory.fd if one_sided else None))
             else:

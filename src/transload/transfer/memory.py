@@ -38,8 +38,8 @@ class KvMemory:
         if self.size_bytes > available_bytes:
             # The kernel would rather kill somebody than refuse the pages.
             raise MachineError(
-                f"a KV pool of {num_blocks} blocks of {layout.block_bytes} bytes takes {self.size_bytes / 2**20:.0f} MiB, "
-                f"{available_bytes / 2**20:.0f} MiB are free; ask for fewer blocks"
+                f"a KV pool of {num_blocks} blocks of {layout.block_bytes} bytes takes "
+                f"{self.size_bytes / 2**20:.0f} MiB, {available_bytes / 2**20:.0f} MiB are free; ask for fewer blocks"
             )
         try:
             self._mapping = self._map()
