@@ -113,7 +113,7 @@ class Engine:
                 self._enqueue(Work(request, epoch, outputs, "receive", self._next_arrival()))
             case Prefill(request, epoch, _, _, outputs):
                 work = Work(request, epoch, outputs, "send", self._next_arrival())
-                self._enqueue(work, self.exchange.open_send(work, event.target, event.grant, now))
+                self._enqueue(work, self.exchange.open_send(work, event.target, event.grant))
             case Cancel(request_id, epoch):
                 self._cancel(request_id, epoch)
             case SendsDrained(transfer):
@@ -123,10 +123,10 @@ class Engine:
             case PeerLost(peer):
                 self._settle(self.exchange.peer_lost(peer))
             case TimerFired():
-                self._settle(self.exchange.tick(now))
+                self._settle(self.exchange.tick())
             case StepFailed(_, reason):
                 self._step_failed(reason)
-        self._admit(now)
+        self._admit()
         self._start_step()
         self._report_changes()
         commands = self._out.copy()
@@ -163,7 +163,7 @@ class Engine:
 
     # -- admission: blocks for those who wait -------------------------------------------------------------------------
 
-    def _admit(self, now: float) -> None:
+    def _admit(self) -> None:
         """First come, first served: the head of the queue waits for room, and nobody overtakes it."""
         while self._waiting:
             work = self._waiting[0]
@@ -176,7 +176,7 @@ class Engine:
                 case "run" | "send":
                     self._begin(work)
                 case "receive":
-                    self._open_receive(work, now)
+                    self._open_receive(work)
 
     @property
     def _num_resident(self) -> int:
@@ -204,14 +204,14 @@ class Engine:
         work.phase = "running"
         self._running[work.request.id] = work
 
-    def _open_receive(self, work: Work, now: float) -> None:
+    def _open_receive(self, work: Work) -> None:
         request_id = work.request.id
         source = self._sources.pop(request_id)
         if not self.exchange.is_linked(source):
             self._fail(work, f"no link to {source}")
             return
         work.phase = "receiving"
-        grant = self.exchange.open_receive(work, source, work.num_registered, now)
+        grant = self.exchange.open_receive(work, source, work.num_registered)
         self._report(Reserved(self.config.worker, request_id, work.epoch, grant, work.num_cached))
 
     # -- steps --------------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ from transload.control.work import Work
 
 LEASE_TIMER = "leases"
 MAX_TOMBSTONES = 4096
+SHORTEST_TICK_SECONDS = 0.001
 
 
 class Verified(msgspec.Struct, frozen=True):
@@ -61,6 +62,15 @@ class Failed(msgspec.Struct, frozen=True):
 
 
 Outcome = Verified | Released | Failed
+
+
+def to_ms(seconds: float) -> int:
+    return max(1, round(seconds * 1000))
+
+
+def silence(peer: WorkerId, lease: Lease) -> str:
+    """Why a transfer was given up."""
+    return f"no sign of life from {peer} for {lease.seconds:g} s"
 
 
 class Exchange:
@@ -87,7 +97,7 @@ class Exchange:
         self._receiving: dict[TransferId, Work] = {}
         self._quarantined: dict[TransferId, tuple[WorkerId, int]] = {}  # who may still write, and the epoch
         self._tombstones: OrderedDict[TransferId, None] = OrderedDict()
-        self._timer_set = False
+        self._tick_seconds: float | None = None  # of the timer that is set
         self.num_late_frames = 0
 
     # -- opening ------------------------------------------------------------------------------------------------------
@@ -95,26 +105,26 @@ class Exchange:
     def is_linked(self, peer: WorkerId) -> bool:
         return peer in self._peers
 
-    def open_receive(self, work: Work, source: WorkerId, first_block: int, now: float) -> Grant:
+    def open_receive(self, work: Work, source: WorkerId, first_block: int) -> Grant:
         """Name a transfer that may fill the work's blocks from `first_block` on."""
         transfer = TransferId(self._random.getrandbits(63))
-        grant = Grant(transfer, tuple(work.blocks[first_block:]), first_block, self._lease_ms)
-        work.receiver = KvReceiver(source, work.epoch, grant, self._num_layers, Lease(self._lease_seconds, now))
+        grant = Grant(transfer, tuple(work.blocks[first_block:]), first_block, to_ms(self._lease_seconds))
+        work.receiver = KvReceiver(source, work.epoch, grant, self._num_layers, Lease(self._lease_seconds))
         self._receiving[transfer] = work
         self._out.append(ExpectKv(transfer, work.epoch, source, first_block, grant.blocks))
         self._keep_leases()
         return grant
 
-    def open_send(self, work: Work, target: WorkerId, grant: Grant, now: float) -> str | None:
+    def open_send(self, work: Work, target: WorkerId, grant: Grant) -> str | None:
         """Take on the sender's half, so that the receiver hears of us while the prompt waits. Returns why not, or
         None."""
         if grant.transfer in self._tombstones:
             return "the receiver has withdrawn the transfer"
         if target not in self._peers:
             return f"no link to {target}"
-        work.sender = KvSender(target, work.epoch, grant, Lease(self._lease_seconds, now))
+        work.sender = KvSender(target, work.epoch, grant, Lease(grant.lease_ms / 1000))
         self._sending[grant.transfer] = work
-        self._send(target, KvRenew(grant.transfer, work.epoch, self._lease_ms))
+        self._send(target, KvRenew(grant.transfer, work.epoch, grant.lease_ms))
         self._keep_leases()
         return None
 
@@ -190,18 +200,18 @@ class Exchange:
         """Feed one frame from a peer. Frames of unknown or older transfers are counted and dropped."""
         sending = self._sending.get(frame.transfer)
         if sending is not None and sending.sender is not None and sending.sender.target == peer:
-            return self._take_as_sender(sending, sending.sender, frame, now)
+            return self._take_as_sender(sending, sending.sender, frame)
         receiving = self._receiving.get(frame.transfer)
         if receiving is not None and receiving.receiver is not None and receiving.receiver.source == peer:
             return self._take_as_receiver(receiving, receiving.receiver, frame, arrived_checksum, now)
         self._take_stray(peer, frame)
         return []
 
-    def _take_as_sender(self, work: Work, sender: KvSender, frame: Frame, now: float) -> list[Outcome]:
+    def _take_as_sender(self, work: Work, sender: KvSender, frame: Frame) -> list[Outcome]:
         if frame.epoch != sender.epoch:
             self.num_late_frames += 1
             return []
-        sender.lease.renew(now)
+        sender.lease.renew(frame.lease_ms / 1000 if isinstance(frame, KvRenew) else None)
         match frame:
             case KvReady() if work.phase == "sent":
                 del self._sending[sender.transfer]
@@ -221,7 +231,7 @@ class Exchange:
         if frame.epoch != receiver.epoch:
             self.num_late_frames += 1
             return []
-        receiver.lease.renew(now)
+        receiver.lease.renew()
         problem: str | None = None
         match frame:
             case KvData():
@@ -280,42 +290,54 @@ class Exchange:
                 outcomes.append(Failed(work, f"lost the link to {peer}"))
         return outcomes
 
-    def tick(self, now: float) -> list[Outcome]:
-        """A third of a lease has passed: renew what goes on, give up on what has gone silent, ask again for
+    def tick(self) -> list[Outcome]:
+        """A third of the shortest lease has passed: renew what goes on, give up on what has gone silent, ask again for
         acknowledgements that have not come."""
-        self._timer_set = False
-        outcomes: list[Outcome] = []
-        for work in list(self._receiving.values()):
-            receiver = work.receiver
-            assert receiver is not None
-            if receiver.lease.expired(now):
-                source = receiver.source
-                self.abort_receive(work, "lease expired")
-                outcomes.append(Failed(work, f"no sign of life from {source} for {self._lease_seconds:g} s"))
-            else:
-                self._send(receiver.source, KvRenew(receiver.transfer, receiver.epoch, self._lease_ms))
-        for work in list(self._sending.values()):
-            sender = work.sender
-            assert sender is not None
-            if work.phase == "draining":
-                continue
-            if sender.lease.expired(now):
-                outcomes.append(Failed(work, f"no sign of life from {sender.target} for {self._lease_seconds:g} s"))
-            elif work.phase != "sent":  # then it is for the receiver to say that it still wants it
-                self._send(sender.target, KvRenew(sender.transfer, sender.epoch, self._lease_ms))
+        passed, self._tick_seconds = self._tick_seconds or 0.0, None
+        outcomes = [*self._tick_receivers(passed), *self._tick_senders(passed)]
         for transfer, (source, epoch) in self._quarantined.items():
             self._send(source, KvAbort(transfer, epoch, "still waiting for the acknowledgement"))
         self._keep_leases()
         return outcomes
 
-    def _keep_leases(self) -> None:
-        if (self._receiving or self._sending or self._quarantined) and not self._timer_set:
-            self._timer_set = True
-            self._out.append(SetTimer(LEASE_TIMER, self._lease_seconds / 3))
+    def _tick_receivers(self, passed: float) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        for work in list(self._receiving.values()):
+            receiver = work.receiver
+            assert receiver is not None
+            receiver.lease.pass_seconds(passed)
+            if receiver.lease.is_expired:
+                self.abort_receive(work, "lease expired")
+                outcomes.append(Failed(work, silence(receiver.source, receiver.lease)))
+            else:
+                self._send(receiver.source, KvRenew(receiver.transfer, receiver.epoch, receiver.grant.lease_ms))
+        return outcomes
 
-    @property
-    def _lease_ms(self) -> int:
-        return int(self._lease_seconds * 1000)
+    def _tick_senders(self, passed: float) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        for work in list(self._sending.values()):
+            sender = work.sender
+            assert sender is not None
+            if work.phase == "draining":
+                continue
+            sender.lease.pass_seconds(passed)
+            if sender.lease.is_expired:
+                outcomes.append(Failed(work, silence(sender.target, sender.lease)))
+            elif work.phase != "sent":  # then it is for the receiver to say that it still wants it
+                self._send(sender.target, KvRenew(sender.transfer, sender.epoch, sender.grant.lease_ms))
+        return outcomes
+
+    def _keep_leases(self) -> None:
+        """Have a tick come at a third of the shortest lease, if there is any."""
+        leases = [work.sender.lease.seconds for work in self._sending.values() if work.sender is not None]
+        if self._receiving or self._quarantined:
+            leases.append(self._lease_seconds)
+        if not leases:
+            return
+        tick_seconds = max(min(leases) / 3, SHORTEST_TICK_SECONDS)
+        if self._tick_seconds is None or tick_seconds < self._tick_seconds:
+            self._tick_seconds = tick_seconds
+            self._out.append(SetTimer(LEASE_TIMER, tick_seconds))
 
     def _send(self, peer: WorkerId, frame: Frame) -> None:
         if peer in self._peers:

@@ -14,6 +14,7 @@
     has no write under way: KvAbortAck ----->   the blocks are free again
 
 KvRenew goes both ways every third of a lease, from the sender until its KvDone. Who hears nothing for a lease gives up.
+The lease is the receiver's, named in its grant: the two sides may have been configured otherwise.
 A sender that gives up tells the controller, which cancels the receiver.
 
 A receiver runs nothing before `verified`: a frame lost, repeated, reordered or changed can only lead to the same text
@@ -26,17 +27,26 @@ from transload.control.messages import Grant, KvData, KvDone, TransferId, Worker
 
 
 class Lease:
-    """The other side's sign of life. Counts on the clock of the side that holds it."""
+    """The other side's sign of life. Counts the ticks of the side that holds it, not what a clock says: a worker that
+    has stood still, or whose clock has jumped, does not hold that against the others."""
 
-    def __init__(self, seconds: float, now: float) -> None:
+    def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self._until = now + seconds
+        self._silent_seconds = 0.0
 
-    def renew(self, now: float) -> None:
-        self._until = now + self.seconds
+    def renew(self, seconds: float | None = None) -> None:
+        """A sign of life, good for as long as before or for so many seconds."""
+        self._silent_seconds = 0.0
+        if seconds is not None:
+            self.seconds = seconds
 
-    def expired(self, now: float) -> bool:
-        return now >= self._until
+    def pass_seconds(self, seconds: float) -> None:
+        """A tick, so many seconds after the one before."""
+        self._silent_seconds += seconds
+
+    @property
+    def is_expired(self) -> bool:
+        return self._silent_seconds > self.seconds * 1.000001  # sums of thirds
 
 
 class KvSender:
@@ -95,15 +105,17 @@ class KvReceiver:
         self.first_at: float | None = None
         self.last_at = 0.0
         self._missing = [(1 << len(grant.blocks)) - 1] * num_layers  # a bit per block not here yet, by layer
-        self._seen: set[int] = set()
+        self._seen: dict[int, KvData] = {}  # by sequence
         self._num_frames_sent: int | None = None
 
     def take_frame(self, frame: KvData, arrived_checksum: int, now: float) -> str | None:
-        """Tick off the frame's cells. Returns what is wrong with it, or None. A repeated frame changes nothing."""
-        if frame.sequence in self._seen:
-            return None
+        """Tick off the frame's cells. Returns what is wrong with it, or None. A frame that comes again has been written
+        again: it must be the same one, and intact."""
         if arrived_checksum != frame.checksum:
             return f"checksum of frame {frame.sequence} is {arrived_checksum:#x}, sent as {frame.checksum:#x}"
+        first = self._seen.get(frame.sequence)
+        if first is not None:
+            return None if frame == first else f"frame {frame.sequence} came again with other cells"
         low, high = frame.block_lo - self.grant.first_block, frame.block_hi - self.grant.first_block
         if not (
             0 <= low < high <= len(self.grant.blocks) and 0 <= frame.layer_lo < frame.layer_hi <= len(self._missing)
@@ -114,7 +126,7 @@ class KvReceiver:
             if self._missing[layer] & mask != mask:
                 return f"frame {frame.sequence} brings cells that are here already"
             self._missing[layer] ^= mask
-        self._seen.add(frame.sequence)
+        self._seen[frame.sequence] = frame
         self.num_frames += 1
         self.num_bytes += frame.num_bytes
         self.first_at = now if self.first_at is None else self.first_at
