@@ -126,9 +126,12 @@ class BatchBuilder:
         return self._rotary.at(torch.from_numpy(_positions(spans)), torch.from_numpy(per_row))
 
     def _plans(self, spans: Sequence[Span], last_spans: Sequence[Span]) -> tuple[AttentionPlan, ...]:
-        windows = self._windows[:-1]
-        by_window = {window: self._plan(spans, window) for window in dict.fromkeys(windows)}
-        return (*(by_window[window] for window in windows), self._plan(last_spans, self._windows[-1]))
+        by_window = {window: self._plan(spans, window) for window in dict.fromkeys(self._windows[:-1])}
+        last_window = self._windows[-1]
+        all_drawn = len(last_spans) == spans[-1].first_row + spans[-1].num_rows  # then the rows are the same ones
+        last = by_window.get(last_window) if all_drawn else None
+        plans = (by_window[window] for window in self._windows[:-1])
+        return (*plans, last or self._plan(last_spans, last_window))
 
     def _plan(self, spans: Sequence[Span], window: int | None) -> AttentionPlan:
         return AttentionPlan(spans, self._site, window, deterministic=self._deterministic)

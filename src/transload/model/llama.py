@@ -49,8 +49,8 @@ class RmsNorm:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = x.float()
-        squares = x.square().sum(-1, keepdim=True)
-        scale = torch.add(self._eps, squares, alpha=self._inverse_size).rsqrt_()
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.addcmul(self._eps, length, length, value=self._inverse_size).rsqrt_()
         return (x * scale).mul_(self._weight).to(self._dtype)
 
 
