@@ -20,7 +20,7 @@ from transload.server.connection import WRITE_CHUNK
 from transload.server.metrics import Metrics
 from transload.server.parameters import Parameters, call_seed, check_parameters, choice_seed
 from transload.server.prompts import Prompts, PromptTokens
-from transload.server.replies import ChatStyle, CompletionStyle, Style
+from transload.server.replies import ChatStyle, CompletionStyle, Style, TokenIds, TokenNames
 from transload.server.schema import ChatBody, CompletionBody, GenerationBody
 from transload.server.tokens import Tokenizer
 
@@ -83,7 +83,7 @@ class Generation:
         def style(_body: ChatBody, parameters: Parameters, _prompts: Sequence[PromptTokens]) -> Style:
             name = f"chatcmpl-{request_id}"
             created, model = int(time.time()), self._backend.model.name
-            return ChatStyle(self._tokenizer, name, created, model, parameters.include_usage)
+            return ChatStyle(self._names(parameters), name, created, model, parameters.include_usage)
 
         await self._answer(ChatBody, self._prompts.of_chat, style, scope, receive, send, request_id)
 
@@ -94,9 +94,12 @@ class Generation:
             name = f"cmpl-{request_id}"
             created, model = int(time.time()), self._backend.model.name
             echoed = [p.text for p in prompts for _ in range(parameters.num_choices)] if body.echo else []
-            return CompletionStyle(self._tokenizer, name, created, model, parameters.include_usage, echoed)
+            return CompletionStyle(self._names(parameters), name, created, model, parameters.include_usage, echoed)
 
         await self._answer(CompletionBody, self._prompts.of_completion, style, scope, receive, send, request_id)
+
+    def _names(self, parameters: Parameters) -> TokenNames:
+        return TokenIds(self._tokenizer) if parameters.name_tokens_by_id else self._tokenizer
 
     async def _answer(
         self,

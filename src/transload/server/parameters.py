@@ -38,6 +38,7 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True):
     stops: tuple[str, ...]
     include_stop: bool
     skip_special: bool
+    name_tokens_by_id: bool
     add_special: bool | None
     stream: bool
     include_usage: bool
@@ -66,6 +67,7 @@ def check_parameters(body: GenerationBody, vocab_size: int, eos_ids: Collection[
         stops=_stops(body.stop),
         include_stop=bool(body.include_stop_str_in_output),
         skip_special=body.skip_special_tokens is not False,
+        name_tokens_by_id=bool(body.return_tokens_as_token_ids),
         add_special=body.add_special_tokens,
         stream=bool(body.stream),
         include_usage=options is not None and bool(options.include_usage),

@@ -11,7 +11,6 @@ from typing import Protocol
 import msgspec
 
 from transload.control.messages import TokenLogprobs
-from transload.server.tokens import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.encode
@@ -33,6 +32,26 @@ class Usage(msgspec.Struct, frozen=True):
                 "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens},
             }
         )
+
+
+class TokenNames(Protocol):
+    """How a token is called in log-probabilities."""
+
+    def token_text(self, token_id: int) -> str: ...
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+
+class TokenIds:
+    """Tokens called by number, `token_id:17`, so that no two share a name (vLLM's return_tokens_as_token_ids)."""
+
+    def __init__(self, tokenizer: TokenNames) -> None:
+        self._tokenizer = tokenizer
+
+    def token_text(self, token_id: int) -> str:
+        return f"token_id:{token_id}"
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._tokenizer.token_bytes(token_id)
 
 
 class TokenEntry(msgspec.Struct, frozen=True):
@@ -86,7 +105,7 @@ class _Envelope:
 class ChatStyle:
     """`chat.completion` and its chunks."""
 
-    def __init__(self, tokenizer: Tokenizer, call_id: str, created: int, model: str, usage_wanted: bool) -> None:
+    def __init__(self, tokenizer: TokenNames, call_id: str, created: int, model: str, usage_wanted: bool) -> None:
         self._tokenizer = tokenizer
         self._envelope = _Envelope("chat.completion", "chat.completion.chunk", call_id, created, model, usage_wanted)
         self._plain_tail = b'},"logprobs":null' + self._envelope.text_tail
@@ -149,7 +168,7 @@ class CompletionStyle:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: TokenNames,
         call_id: str,
         created: int,
         model: str,

@@ -46,6 +46,7 @@ class GenerationBody(Body, kw_only=True):
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     add_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -158,7 +159,6 @@ HARMLESS: dict[str, tuple[object, ...]] = {
     "prompt_logprobs": (),
     "request_id": (),
     "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
     "structured_outputs": (),
     "structural_tag": (),
