@@ -65,10 +65,13 @@ class BlockPool:
             found.append(block)
         return found
 
+    def room_beside(self, prefix: Sequence[int]) -> int:
+        """Blocks that can be handed out once those of a matched prefix are referenced."""
+        return self.num_available - sum(1 for block in prefix if not self._references[block])
+
     def acquire(self, prefix: Sequence[int], num_new: int) -> list[int] | None:
         """Reference the blocks of a matched prefix and allocate `num_new` more. None: no room, nothing changed."""
-        revived = sum(1 for block in prefix if not self._references[block])
-        if num_new > self.num_available - revived:
+        if num_new > self.room_beside(prefix):
             return None
         for block in prefix:
             if not self._references[block]:

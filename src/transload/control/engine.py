@@ -93,7 +93,6 @@ class Engine:
         self._num_arrivals = 0
         self._step = 0
         self._chunks: tuple[tuple[Work, Chunk], ...] = ()  # of the step under way
-        self._sources: dict[RequestId, WorkerId] = {}  # of waiting reservations
         self._cache_sequence = 0
         self._last_load: Load | None = None
 
@@ -109,8 +108,9 @@ class Engine:
             case Run(request, epoch, outputs):
                 self._enqueue(Work(request, epoch, outputs, "run", self._next_arrival()))
             case Reserve(request, epoch, source, outputs):
-                self._sources[request.id] = source
-                self._enqueue(Work(request, epoch, outputs, "receive", self._next_arrival()))
+                work = Work(request, epoch, outputs, "receive", self._next_arrival())
+                work.source = source
+                self._enqueue(work)
             case Prefill(request, epoch, _, _, outputs):
                 work = Work(request, epoch, outputs, "send", self._next_arrival())
                 self._enqueue(work, self.exchange.open_send(work, event.target, event.grant))
@@ -190,7 +190,7 @@ class Engine:
         prefix = self.pool.match(work.keys(last // size, size, self._root))
         num_new = self.pool.blocks_for(work.num_known) - len(prefix)
         growth = sum(1 for other in self._running.values() if other.kind != "send")
-        if self._running and num_new + growth > self.pool.num_available:
+        if self._running and num_new + growth > self.pool.room_beside(prefix):
             return False
         blocks = self.pool.acquire(prefix, num_new)
         if blocks is None:
@@ -206,7 +206,8 @@ class Engine:
 
     def _open_receive(self, work: Work) -> None:
         request_id = work.request.id
-        source = self._sources.pop(request_id)
+        source = work.source
+        assert source is not None
         if not self.exchange.is_linked(source):
             self._fail(work, f"no link to {source}")
             return
@@ -371,6 +372,7 @@ class Engine:
         work.num_outputs = len(receiver.outputs)
         work.num_known = work.request.num_prompt_tokens + work.num_outputs
         work.receiver = None
+        work.kind = "run"  # from here on like any other: it may be preempted, and fails alone
         self._register_blocks(work)
         self._begin(work)
         wire_seconds = receiver.last_at - (receiver.first_at or receiver.last_at)
@@ -409,7 +411,6 @@ class Engine:
         self._running.pop(request_id, None)
         if work.phase == "waiting" and work in self._waiting:
             self._waiting.remove(work)
-        self._sources.pop(request_id, None)
 
     # -- reports ------------------------------------------------------------------------------------------------------
 

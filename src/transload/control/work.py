@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 from transload.control.handoff import KvReceiver, KvSender
-from transload.control.messages import Request
+from transload.control.messages import Request, WorkerId
 from transload.control.prefix import block_key
 
 WorkKind = Literal["run", "send", "receive"]
-"""run: prefill and decode here; send: prefill here, decode elsewhere; receive: decode here, prefilled elsewhere."""
+"""run: prefill and decode here; send: prefill here, decode elsewhere; receive: its KV cache comes from elsewhere, and
+once it is here this is a `run`."""
 
 WorkPhase = Literal["waiting", "receiving", "running", "sent", "draining"]
 """waiting: for blocks; receiving: for its KV cache; running: has tokens to compute; sent: its cache is on its way and
@@ -40,6 +41,7 @@ class Work:
         "receiver",
         "request",
         "sender",
+        "source",
         "started",
         "tokens",
     )
@@ -58,6 +60,7 @@ class Work:
         self.blocks: list[int] = []
         self.known_keys: list[bytes] = list(request.block_keys)
         self.num_registered = 0
+        self.source: WorkerId | None = None  # of a reservation: who will fill it
         self.sender: KvSender | None = None
         self.receiver: KvReceiver | None = None
         self.in_step = False
