@@ -58,8 +58,11 @@ class Limits(Part, frozen=True, kw_only=True):
 
 class Pool(Part, frozen=True, kw_only=True):
     name: Name
+    """Names its workers too: prefill-0, prefill-1, ..."""
     role: Role
+    """prefill, decode, or aggregated: both."""
     workers: Count = 1
+    """Processes, each with the whole model."""
     start: Literal["here", "elsewhere"] = "here"
     """here: the server starts the workers. elsewhere: they are started by hand, `transload worker --join HOST:PORT`."""
     device: Device = "cpu"
@@ -79,6 +82,7 @@ class Link(Part, frozen=True, kw_only=True):
     """How KV crosses between two pools. Links that are not listed are `auto`."""
 
     between: tuple[Name, Name]
+    """The two pools, in either order."""
     transport: Transport = "auto"
     """auto: shared memory if both workers are on one host, TCP otherwise."""
     layers_per_frame: Annotated[int, Meta(ge=1, le=65_536)] | None = None
@@ -93,8 +97,11 @@ class Targets(Part, frozen=True, kw_only=True):
     """What users should feel; `attainment` is the share of requests that must."""
 
     ttft_seconds: Seconds | None = msgspec.field(default=None, name="ttft")
+    """Time to first token."""
     tpot_seconds: Seconds | None = msgspec.field(default=None, name="tpot")
+    """Time per output token after the first."""
     attainment: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.95
+    """Share of requests that must meet both."""
 
 
 class Router(Part, frozen=True, kw_only=True):
@@ -109,17 +116,21 @@ class Router(Part, frozen=True, kw_only=True):
 
 class Server(Part, frozen=True, kw_only=True):
     host: Text = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all of this host."""
     port: Annotated[int, Meta(ge=0, le=65_535)] = 8000
     """0: any free one."""
     join_host: Text = "127.0.0.1"
     """Where workers join; an address of this host that workers elsewhere can reach."""
     join_port: Annotated[int, Meta(ge=0, le=65_535)] = 0
+    """0: any free one."""
     api_keys: tuple[Text, ...] = ()
     """If any: every call must carry one (Authorization: Bearer ...)."""
     max_waiting: Annotated[int, Meta(ge=1, le=2**20)] = 256
     """Requests that may wait for a worker; beyond it callers get 429."""
     request_timeout_seconds: Seconds = msgspec.field(default=600.0, name="request_timeout")
+    """Every request ends by then, in an error if need be."""
     max_body_bytes: Bytes = msgspec.field(default=8 * 2**20, name="max_body")
+    """Longest request body."""
 
 
 class Deployment(Part, frozen=True, kw_only=True):
