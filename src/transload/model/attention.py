@@ -24,6 +24,7 @@ from transload.model.kv_cache import IntArray, KvCache
 
 _TILE_SCORE_ROWS = 1152  # heads x rows of a prompt tile: scores of a tile then stay in the second-level cache
 _PADDED_BLOCKS = 48  # a group is closed when padding would gather this many blocks in vain: a group's fixed cost
+_MIN_QUANTUM = 32  # keys
 ALIGNED_ROWS = 16  # rows of a deterministic query tile
 _ALIGNED_KEYS = 64  # deterministic key counts are multiples of this
 
@@ -123,7 +124,8 @@ class DecodeGroup:
         self._heads = site.heads
         self.rows = slice(spans[0].first_row, spans[0].first_row + len(spans))
         firsts = [_first_key(span.start, window) // size for span in spans]
-        num_blocks = max(span.start // size + 1 - first for span, first in zip(spans, firsts, strict=True))
+        longest = max(span.start // size + 1 - first for span, first in zip(spans, firsts, strict=True))
+        num_blocks = _rounded_up(longest, size)
         blocks_BN = np.empty((len(spans), num_blocks), dtype=np.int64)
         for row, (span, first) in enumerate(zip(spans, firsts, strict=True)):
             own = span.blocks[first : span.start // size + 1]
@@ -139,7 +141,8 @@ class DecodeGroup:
         q_LGD = torch.mul(q_THD, heads.scale).view(-1, heads.group, heads.head_dim)
         scores_LGS = torch.bmm(q_LGD, gather.keys_LDS)
         if self._bias_B1S is not None:
-            scores_LGS.view(len(q_THD), heads.num_query_heads, -1)[..., self._first_biased :] += self._bias_B1S
+            scores_BHS = scores_LGS.view(len(q_THD), heads.num_query_heads, -1)
+            scores_BHS[..., self._first_biased :].add_(self._bias_B1S)
         return torch.bmm(scores_LGS.softmax(-1), gather.values_LSD).view(len(q_THD), -1)
 
 
@@ -172,7 +175,7 @@ class PromptTiles:
             scores_KXS = torch.bmm(q_KXD, gather.keys_LDS[:, :, keys])
             num_queries, num_biased = bias.shape
             scores_HTS = scores_KXS.view(heads.num_query_heads, num_queries, -1)
-            scores_HTS[..., scores_HTS.shape[2] - num_biased :] += bias
+            scores_HTS[..., scores_HTS.shape[2] - num_biased :].add_(bias)
             mixed_KXD = torch.bmm(scores_KXS.softmax(-1), gather.values_LSD[:, keys])
             mixed_HTD = mixed_KXD.view(heads.num_query_heads, num_queries, heads.head_dim)
             out_THD[queries] = mixed_HTD.transpose(0, 1)
@@ -271,6 +274,16 @@ def _hidden_keys(
     keys = np.arange(first, num_keys)[None, :]
     hidden = (keys >= ends[:, None]) | (keys < starts[:, None])
     return first, torch.from_numpy(hidden[:, None, :])
+
+
+def _rounded_up(num_blocks: int, size: int) -> int:
+    """A number of blocks that a growing context keeps for a while, at most an eighth (or 32 keys) too many.
+
+    oneDNN compiles a kernel for each new shape, 0.4 ms a multiplication: with the exact length, every step would.
+    """
+    num_keys = num_blocks * size
+    quantum = max(1, max(_MIN_QUANTUM, (1 << num_keys.bit_length()) // 16) // size)
+    return -(-num_blocks // quantum) * quantum
 
 
 def _length_groups(spans: Sequence[Span], size: int, window: int | None) -> list[Sequence[Span]]:
