@@ -25,8 +25,8 @@ HEAD = """# Deployment files
 
 One YAML file says what runs: model, pools of workers, links, targets. `transload explain FILE` shows what becomes of
 it on this machine. Unknown keys, wrong values and what does not fit are refused with the place, the value and the
-allowed ones. Sizes are written `4 GiB` or in bytes, durations `200 ms` or in seconds. Any key can be set from the command line:
-`--set pools.decode.workers=2`.
+allowed ones. Sizes are written `4 GiB` or in bytes, durations `200 ms` or in seconds. Any key can be set from the
+command line: `--set pools.decode.workers=2`.
 
 ```yaml
 {example}```
