@@ -6,8 +6,10 @@ units, errors, arch <- deploy, control, hardware <- runtime, transfer, model <- 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -54,6 +56,8 @@ TORCH_FREE_FILES = {
     "study",
     "transfer",
 }
+IMPORTED_AS = {"pyyaml": "yaml"}
+"""Distributions whose module is called otherwise."""
 MAX_LINES = 500
 MAX_FUNCTION_LINES = 60
 LONG_FILES = {"control/messages.py"}
@@ -194,6 +198,14 @@ def test_no_function_is_too_long_to_be_seen_at_a_glance() -> None:
         if node.end_lineno - node.lineno >= MAX_FUNCTION_LINES
     ]
     assert long == []
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
+    project = tomllib.loads((SOURCE.parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = [re.split(r"[<>=~! \[]", requirement)[0].lower() for requirement in project["dependencies"]]
+    declared = {IMPORTED_AS.get(name, name.replace("-", "_")) for name in names}
+    imported = {name.partition(".")[0] for file in FILES for name, _ in imports_of(file)}
+    assert imported - set(sys.stdlib_module_names) - {"transload"} == declared
 
 
 def test_no_file_is_called_after_nothing() -> None:
