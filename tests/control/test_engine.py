@@ -1,4 +1,4 @@
-"""The worker's machine, fed by hand: steps, batches, preemption, ends. Its handoffs are in test_engine_receives.py and test_engine_sends.py."""
+"""The worker's machine, fed by hand: steps, batches, preemption, ends. For handoffs see its neighbours."""
 
 from __future__ import annotations
 

@@ -51,9 +51,12 @@ from transload.control.messages import (
     WorkerJoined,
 )
 from transload.control.rates import LinkRate
-from transload.control.router import Decision, LocalPrefill, Policy, Router
+from transload.control.router import Decision, LocalPrefill, Policy, Router, expected_tokens
 from transload.control.tracking import Tracked
 from transload.control.views import WorkerView
+
+MOST_DOUBLINGS = 30
+"""Of the pause before a restart: a worker may fail to start for days."""
 
 
 class ControllerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,6 +65,7 @@ class ControllerConfig(msgspec.Struct, frozen=True, kw_only=True):
     policy: Policy = "estimate"
     local_prefill: LocalPrefill = "auto"
     max_attempts: int = 4
+    """How often a request is taken up by workers; one that was sent to a worker already dead does not count."""
     max_waiting: int = 256
     max_batch: int = 64
     first_restart_seconds: float = 0.2
@@ -81,7 +85,7 @@ class Controller:
         self.links: dict[tuple[WorkerId, WorkerId], LinkRate] = {}
         self.ended: OrderedDict[RequestId, Tracked] = OrderedDict()  # the last `keep_ended`, for whoever asks
         self._router = Router(config.policy, config.local_prefill)
-        self._admission = Admission(config.max_waiting)
+        self._admission = Admission()
         self._queue: deque[Tracked] = deque()
         self._losses: dict[WorkerId, tuple[int, float]] = {}  # in a row, and when the last one was
         self._out: list[ControllerCommand] = []
@@ -114,15 +118,13 @@ class Controller:
                 tracked = self.requests.get(event.request)
                 if tracked is not None and tracked.epoch == event.epoch:
                     self._progress(tracked, event, now)
-            case WorkerJoined():
-                self.views[event.worker] = WorkerView(event, self.config.max_batch)
-            case WorkerGone(worker, _, reason):
-                self._lose_worker(worker, reason, now)
-            case LinkMeasured(source, target, transport, bytes_per_second, latency_seconds):
-                if bytes_per_second > 0:
-                    self.links[source, target] = LinkRate(bytes_per_second, latency_seconds, transport)
-                else:
-                    self.links.pop((source, target), None)
+            case WorkerJoined(worker):
+                self._forget_worker(worker, "it has joined anew", now)
+                self.views[worker] = WorkerView(event, self.config.max_batch)
+            case WorkerGone():
+                self._lose_worker(event, now)
+            case LinkMeasured():
+                self._take_link(event)
             case TimerFired(key):
                 self._deadline_passed(RequestId(int(key.removeprefix("deadline/"))), now)
         self._dispatch(now)
@@ -138,6 +140,10 @@ class Controller:
             message = f"{len(self._queue)} requests are waiting already; try again in {retry_after_seconds:.0f} s"
             self._out.append(Reject(request.id, message, retry_after_seconds))
             return
+        problem = self._router.why_never(request, list(self.views.values()))
+        if problem is not None:
+            self._out.append(Reject(request.id, problem))
+            return
         tracked = Tracked(request, now)
         self.requests[request.id] = tracked
         self._queue.append(tracked)
@@ -146,19 +152,23 @@ class Controller:
     def _dispatch(self, now: float) -> None:
         """Send off those who wait, first come first served, as long as a worker has room."""
         while self._queue and self.views:
-            tracked = self._queue[0]
+            tracked, views = self._queue[0], list(self.views.values())
+            problem = self._router.why_never(tracked.request, views)
+            if problem is not None:
+                self._finish(tracked, "error", now, error=problem, code="exceeds_capacity")
+                continue
             decision = self._router.choose(
                 tracked.request,
                 tracked.num_known,
                 self._admission.expected_outputs,
-                list(self.views.values()),
+                views,
                 self.links,
                 avoid_handoff=tracked.num_failed_handoffs >= 2,
             )
             if decision is None:
                 return
             self._queue.popleft()
-            self._admission.dispatched(now)
+            self._admission.dispatched(tracked.stages[-1].start, now)
             self._assign(tracked, decision, now)
 
     def _assign(self, tracked: Tracked, decision: Decision, now: float) -> None:
@@ -167,7 +177,7 @@ class Controller:
         tracked.decode = decision.decode
         tracked.prefill = decision.prefill
         decode = self.views[decision.decode]
-        num_tokens = tracked.num_known + int(min(request.max_tokens, self._admission.expected_outputs))
+        num_tokens = expected_tokens(request, tracked.num_known, self._admission.expected_outputs)
         if decision.prefill is None:
             uncached = tracked.num_known - decode.num_cached_tokens(request.block_keys)
             decode.commit(request, num_tokens, uncached)
@@ -194,6 +204,7 @@ class Controller:
         event: Reserved | Started | KvVerified | Preempted | PrefillSent | HandoffFailed | RequestFailed,
         now: float,
     ) -> None:
+        tracked.is_taken_up = True
         match event:
             case Reserved(_, _, epoch, grant, num_cached):
                 assert tracked.prefill is not None
@@ -211,6 +222,8 @@ class Controller:
                 self._leave(worker, tracked)
             case Preempted(worker):
                 tracked.begin_stage("preempted", worker, now)
+            case HandoffFailed(worker) if tracked.handed_over and worker == tracked.prefill:
+                self._leave(worker, tracked)  # it has not heard that the decode worker has everything
             case HandoffFailed(worker, _, _, reason):
                 tracked.num_failed_handoffs += 1
                 self._start_over(tracked, f"handoff failed at {worker}: {reason}", "handoff_failed", now)
@@ -218,9 +231,9 @@ class Controller:
                 self._start_over(tracked, f"failed on {worker}: {reason}", "worker_failed", now)
 
     def _started(self, tracked: Tracked, worker: WorkerId, num_cached: int, now: float) -> None:
-        if tracked.phase == "prefilling":
-            if tracked.num_cached is None:
-                tracked.num_cached = min(num_cached, tracked.request.num_prompt_tokens)
+        if worker == (tracked.prefill or tracked.decode) and tracked.num_cached is None:
+            tracked.num_cached = min(num_cached, tracked.request.num_prompt_tokens)
+        if tracked.phase == "prefilling" and not tracked.handed_over:
             tracked.begin_stage("prefill", worker, now).detail["cached_tokens"] = num_cached
         elif worker == tracked.decode:
             tracked.begin_stage("decode", worker, now)
@@ -239,6 +252,14 @@ class Controller:
             tracked.begin_stage("decode queue", tracked.decode, now)
         else:
             tracked.stages[-1].detail.update({f"transfer_{key}": value for key, value in detail.items()})
+
+    def _take_link(self, measured: LinkMeasured) -> None:
+        """A word about a link may come late, when one of its ends is gone."""
+        pair = measured.source, measured.target
+        if measured.bytes_per_second > 0 and all(worker in self.views for worker in pair):
+            self.links[pair] = LinkRate(measured.bytes_per_second, measured.latency_seconds, measured.transport)
+        else:
+            self.links.pop(pair, None)
 
     def _take_token(self, worker: WorkerId, token: Token, now: float) -> None:
         tracked = self.requests.get(token.request)
@@ -299,7 +320,8 @@ class Controller:
         self._release_all(tracked, cancel=not ended_by_worker)
         tracked.enter("finished")
         tracked.ended_at = now
-        self._admission.finished(len(tracked.outputs))
+        if reason in ("stop", "length"):
+            self._admission.finished(len(tracked.outputs))
         request = tracked.request
         del self.requests[request.id]
         self.ended[request.id] = tracked
@@ -313,8 +335,9 @@ class Controller:
     def _start_over(self, tracked: Tracked, why: str, code: str, now: float) -> None:
         """Give the request to others, with the tokens it has."""
         self._release_all(tracked, cancel=True)
-        if tracked.epoch + 1 >= self.config.max_attempts:
-            message = f"given up after {tracked.epoch + 1} attempts: {why}"
+        tracked.num_attempts += tracked.is_taken_up
+        if tracked.num_attempts >= self.config.max_attempts or tracked.epoch + 1 >= 4 * self.config.max_attempts:
+            message = f"given up after {tracked.num_attempts} attempts: {why}"
             self._finish(tracked, "error", now, error=message, code=code)
             return
         tracked.start_over()
@@ -329,16 +352,24 @@ class Controller:
             message = f"not finished within {limit:g} s ({where})"
             self._finish(tracked, "error", now, error=message, code="deadline_exceeded")
 
-    def _lose_worker(self, worker: WorkerId, reason: str, now: float) -> None:
+    def _forget_worker(self, worker: WorkerId, reason: str, now: float) -> None:
         if self.views.pop(worker, None) is not None:
             self.links = {pair: link for pair, link in self.links.items() if worker not in pair}
-            for tracked in list(self.requests.values()):
+            for tracked in reversed(
+                list(self.requests.values())
+            ):  # each goes to the head of the queue: the oldest last
                 if self._needs(tracked, worker):
                     self._start_over(tracked, f"lost {worker}: {reason}", "worker_lost", now)
+
+    def _lose_worker(self, gone: WorkerGone, now: float) -> None:
+        worker, view = gone.worker, self.views.get(gone.worker)
+        if view is not None and view.incarnation > gone.incarnation:
+            return  # another one has taken its place already
+        self._forget_worker(worker, gone.reason, now)
         num_losses, last = self._losses.get(worker, (0, now))
         num_losses = num_losses + 1 if now - last < 60 else 1
         self._losses[worker] = (num_losses, now)
-        pause = self.config.first_restart_seconds * 2 ** (num_losses - 1)
+        pause = self.config.first_restart_seconds * 2.0 ** min(num_losses - 1, MOST_DOUBLINGS)
         self._out.append(RestartWorker(worker, min(pause, self.config.longest_restart_seconds)))
 
     @staticmethod

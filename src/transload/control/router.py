@@ -30,6 +30,17 @@ class Decision(msgspec.Struct, frozen=True):
     reason: str
 
 
+def most_tokens(request: Request) -> int:
+    """How many tokens have keys and values when the request ends at its longest: the last one drawn has none."""
+    return request.num_prompt_tokens + request.max_tokens - 1
+
+
+def expected_tokens(request: Request, num_known: int, expected_outputs: float) -> int:
+    """How many tokens the request will have when it ends, as far as can be told."""
+    remaining = request.max_tokens - (num_known - request.num_prompt_tokens)
+    return num_known + int(min(remaining, expected_outputs))
+
+
 class Router:
     """Chooses workers. Holds nothing but the turn of `round_robin`."""
 
@@ -51,17 +62,17 @@ class Router:
         """None: no worker has room now. `num_known` counts prompt and outputs so far; `links` holds the pairs of
         workers that can exchange KV; `avoid_handoff` after transfers of this request have failed."""
         prefill_pool = [view for view in views if view.role == "prefill"]
-        decode_pool = [view for view in views if view.role != "prefill"] or prefill_pool
-        num_tokens = num_known + int(min(request.max_tokens, expected_outputs))
+        decode_pool = self._able_to_decode(request, views)
+        num_tokens = expected_tokens(request, num_known, expected_outputs)
         candidates = [view for view in decode_pool if view.has_room(num_tokens)]
         if not candidates:
             return None
         self._turn += 1
         decode = self._pick_decode(request, num_known, expected_outputs, candidates)
         if decode.role != "decode":
-            why = "aggregated" if decode.role == "aggregated" else "no decode worker is left: runs on a prefill worker"
+            why = "aggregated" if decode.role == "aggregated" else "no decode worker can: runs on a prefill worker"
             return Decision(decode.worker, None, why)
-        linked = [view for view in prefill_pool if (view.worker, decode.worker) in links]
+        linked = [view for view in prefill_pool if (view.worker, decode.worker) in links and view.holds(num_known)]
         if not linked:
             return Decision(decode.worker, None, "no prefill worker is left: the decode worker prefills")
         if self._local_prefill == "always":
@@ -69,6 +80,19 @@ class Router:
         if avoid_handoff:
             return Decision(decode.worker, None, "transfers of this request have failed: the decode worker prefills")
         return self._split(request, num_known, decode, linked, links)
+
+    def why_never(self, request: Request, views: Sequence[WorkerView]) -> str | None:
+        """Why none of these workers can ever run the request, or None if one can or there is none."""
+        if not views or self._able_to_decode(request, views):
+            return None
+        most = max(view.num_blocks * view.block_size for view in views)
+        return f"needs {most_tokens(request)} tokens of KV cache; no worker holds more than {most}"
+
+    @staticmethod
+    def _able_to_decode(request: Request, views: Sequence[WorkerView]) -> list[WorkerView]:
+        """Prefill workers decode only when there is nobody else who can."""
+        able = [view for view in views if view.holds(most_tokens(request))]
+        return [view for view in able if view.role != "prefill"] or able
 
     def _pick_decode(
         self, request: Request, num_known: int, expected_outputs: float, candidates: Sequence[WorkerView]

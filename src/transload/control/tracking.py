@@ -31,6 +31,8 @@ class Tracked:
         "epoch",
         "first_token_at",
         "handed_over",
+        "is_taken_up",
+        "num_attempts",
         "num_cached",
         "num_failed_handoffs",
         "outputs",
@@ -47,6 +49,8 @@ class Tracked:
         self.ended_at: float | None = None
         self.phase: Phase = "queued"
         self.epoch = 0
+        self.num_attempts = 0  # that have failed after a worker had taken them up
+        self.is_taken_up = False  # in this epoch: a worker has been heard of it
         self.num_failed_handoffs = 0
         self.outputs: list[int] = []
         self.pending: dict[int, Token] = {}  # tokens that overtook an earlier one
@@ -100,6 +104,7 @@ class Tracked:
         """The next attempt: everything made so far is kept, nothing of the old attempt counts any more."""
         self.enter("queued")
         self.epoch += 1
+        self.is_taken_up = False
         self.pending.clear()
         self.decode = None
         self.prefill = None

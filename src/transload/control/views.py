@@ -42,6 +42,10 @@ class WorkerView:
         self._committed -= self.committed_blocks.pop(request_id, 0)
         self.prefill_tokens.pop(request_id, None)
 
+    def holds(self, num_tokens: int) -> bool:
+        """Whether so many tokens fit if there is nobody else."""
+        return num_tokens <= self.num_blocks * self.block_size
+
     def has_room(self, num_tokens: int) -> bool:
         """Whether a request of so many tokens would find blocks and a place in the batch now."""
         if not self.committed_blocks:
