@@ -1,13 +1,18 @@
-"""A small virtual cluster that checks the invariants after every event."""
+"""A small virtual cluster that checks the invariants after every event, down to what lies in each KV cell."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
 
+import msgspec
+
+from tests.invariants import check_bounds, check_ownership, check_quiescent
+from tests.kv_contents import Contents
 from transload.control.controller import ControllerConfig
 from transload.control.engine import EngineConfig
 from transload.control.messages import (
+    Emitted,
     Finish,
     Message,
     Reject,
@@ -19,11 +24,14 @@ from transload.control.messages import (
     WorkerId,
 )
 from transload.control.prefix import prompt_keys
-from transload.runtime.virtual import FrameFault, LinearCost, VirtualRuntime, VirtualWorker, faithful
+from transload.runtime.cluster import FrameFault, StepFault, VirtualWorker, faithful, never_fails
+from transload.runtime.cost import LinearCost
+from transload.runtime.virtual import VirtualRuntime
 
 BLOCK_SIZE = 4
 NUM_LAYERS = 4
 NAMESPACE = b"tests"
+MOST_EVENTS = 100_000
 ROLES: dict[str, Role] = {"p": "prefill", "d": "decode", "a": "aggregated"}
 
 
@@ -32,16 +40,39 @@ def expected_token(request: Request, index: int) -> int:
     return 3 + (sum(request.prompt) * 31 + request.num_prompt_tokens * 7 + index) % 997
 
 
-def make_request(number: int, prompt: list[int], max_tokens: int, deadline_seconds: float = 600.0) -> Request:
-    return Request(
+def make_request(
+    number: int,
+    prompt: list[int],
+    max_tokens: int,
+    deadline_seconds: float = 600.0,
+    *,
+    stops_at: int | None = None,
+    min_tokens: int = 0,
+) -> Request:
+    """`stops_at`: the token at this place is a stop id."""
+    request = Request(
         RequestId(number),
         len(prompt),
         max_tokens,
-        Sampling(temperature=0.0, stop_ids=(2,)),
+        Sampling(temperature=0.0, min_tokens=min_tokens),
         tuple(prompt),
         prompt_keys(NAMESPACE, prompt, BLOCK_SIZE),
         deadline_seconds,
     )
+    if stops_at is None:
+        return request
+    stop_ids = (expected_token(request, stops_at),)
+    sampling = Sampling(temperature=0.0, min_tokens=min_tokens, stop_ids=stop_ids)
+    return msgspec.structs.replace(request, sampling=sampling)
+
+
+def expected_end(request: Request) -> tuple[str, int]:
+    """How the request ends if nothing is in its way, and after how many tokens."""
+    for index in range(request.max_tokens):
+        stops = expected_token(request, index) in request.sampling.stop_ids
+        if stops and index + 1 >= request.sampling.min_tokens:
+            return "stop", index + 1
+    return "length", request.max_tokens
 
 
 class World:
@@ -59,6 +90,7 @@ class World:
         cost: LinearCost | None = None,
         controller: ControllerConfig | None = None,
         frame_fault: FrameFault = faithful,
+        step_fault: StepFault = never_fails,
         check: bool = True,
         watch: Callable[[float, WorkerId, Message], None] | None = None,
     ) -> None:
@@ -67,6 +99,10 @@ class World:
         self.finished: dict[RequestId, Finish] = {}
         self.rejected: dict[RequestId, Reject] = {}
         self.requests: dict[RequestId, Request] = {}
+        self.contents = Contents(
+            self.requests, expected_token, block_size=BLOCK_SIZE, num_layers=NUM_LAYERS, namespace=NAMESPACE
+        )
+        self._emitted: set[tuple[RequestId, int, int]] = set()
         self._check = check
         self._watch = watch
         specs = [
@@ -97,11 +133,23 @@ class World:
             self,
             draw_token=expected_token,
             frame_fault=frame_fault,
+            step_fault=step_fault,
+            contents=self.contents,
             observe=self._observed,
         )
 
-    def ask(self, at_seconds: float, prompt: list[int], max_tokens: int, deadline_seconds: float = 600.0) -> RequestId:
-        request = make_request(len(self.requests) + 1, prompt, max_tokens, deadline_seconds)
+    def ask(
+        self,
+        at_seconds: float,
+        prompt: list[int],
+        max_tokens: int,
+        deadline_seconds: float = 600.0,
+        *,
+        stops_at: int | None = None,
+        min_tokens: int = 0,
+    ) -> RequestId:
+        number = len(self.requests) + 1
+        request = make_request(number, prompt, max_tokens, deadline_seconds, stops_at=stops_at, min_tokens=min_tokens)
         self.requests[request.id] = request
         self.runtime.submit(at_seconds, request)
         return request.id
@@ -136,6 +184,12 @@ class World:
 
     def _observed(self, now: float, who: WorkerId, event: Message) -> None:
         self.events.append((now, who, event))
+        assert len(self.events) < MOST_EVENTS, "it goes round in circles"
+        if isinstance(event, Emitted):
+            for token in event.tokens:
+                name = token.request, token.epoch, token.index
+                assert name not in self._emitted, "one attempt made one token twice"
+                self._emitted.add(name)
         if self._watch is not None:
             self._watch(now, who, event)
         if self._check:
@@ -144,22 +198,21 @@ class World:
     def check_machines(self) -> None:
         for worker in self.runtime.workers.values():
             worker.engine.check()
+        self.contents.check(self.runtime.workers, self.runtime.links)
+        check_ownership(self.runtime)
+        check_bounds(self.runtime)
 
     def check_complete(self) -> None:
         """Everything asked has its full answer."""
         self.check_quiescent()
         for request in self.requests.values():
-            assert self.finished[request.id].reason == "length", self.finished[request.id]
-            assert len(self.tokens[request.id]) == request.max_tokens
+            reason, num_outputs = expected_end(request)
+            assert self.finished[request.id].reason == reason, self.finished[request.id]
+            assert len(self.tokens[request.id]) == num_outputs
 
     def check_quiescent(self) -> None:
         """Every admitted request has ended and nobody holds anything."""
         assert set(self.requests) == set(self.finished) | set(self.rejected)
-        controller = self.runtime.controller
-        assert not controller.requests
-        assert controller.num_waiting == 0
-        for view in controller.views.values():
-            assert not view.committed_blocks
-            assert not view.prefill_tokens
-        for name, worker in self.runtime.workers.items():
-            assert worker.engine.is_idle, f"{name} still holds something"
+        assert not set(self.finished) & set(self.rejected)
+        check_quiescent(self.runtime)
+        self.contents.check_prefixes(self.runtime.workers)

@@ -10,18 +10,13 @@ import heapq
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
-from typing import Protocol
-
-import msgspec
 
 from transload.control.controller import Controller, ControllerConfig
-from transload.control.engine import Engine, EngineConfig
 from transload.control.messages import (
     Arrived,
     Cancelled,
     CancelSends,
     CancelTimer,
-    Chunk,
     ControllerCommand,
     ControllerEvent,
     EngineCommand,
@@ -29,7 +24,6 @@ from transload.control.messages import (
     ExpectKv,
     Finish,
     ForgetKv,
-    Frame,
     KvData,
     LayersReady,
     LinkMeasured,
@@ -41,105 +35,36 @@ from transload.control.messages import (
     Request,
     RequestId,
     RestartWorker,
-    Role,
     RunStep,
     Sampled,
     SendFrame,
     SendsDrained,
     SetTimer,
     StepDone,
+    StepFailed,
     Stream,
     TimerFired,
     ToController,
     ToWorker,
-    TransferId,
     WorkerGone,
     WorkerId,
     WorkerJoined,
 )
+from transload.runtime.cluster import (
+    FrameFault,
+    KvContents,
+    Link,
+    LiveWorker,
+    StepFault,
+    VirtualSink,
+    VirtualWorker,
+    faithful,
+    is_intact,
+    never_fails,
+)
+from transload.runtime.cost import CostModel
 
 CONTROLLER = WorkerId("controller")
-
-
-class CostModel(Protocol):
-    """The same work as a duration, in seconds."""
-
-    def step_seconds(self, worker: WorkerId, chunks: Sequence[Chunk], /) -> float: ...
-    def frame_seconds(self, source: WorkerId, target: WorkerId, num_bytes: int, /) -> float: ...
-    def message_seconds(self) -> float: ...
-    def start_seconds(self, worker: WorkerId, /) -> float: ...
-
-
-class LinearCost(msgspec.Struct, frozen=True, kw_only=True):
-    """A chip in four numbers: a step costs a fixed time, so much a token, and so much a token of context read."""
-
-    step_floor_seconds: float = 0.008
-    seconds_per_token: float = 0.0007
-    seconds_per_context_token: float = 2e-6
-    link_bytes_per_second: float = 5e9
-    link_latency_seconds: float = 1e-4
-    control_latency_seconds: float = 1e-4
-    load_seconds: float = 2.0
-
-    def step_seconds(self, _worker: WorkerId, chunks: Sequence[Chunk]) -> float:
-        num_tokens = sum(chunk.num_tokens for chunk in chunks)
-        context = sum(chunk.start + chunk.num_tokens for chunk in chunks)
-        return self.step_floor_seconds + num_tokens * self.seconds_per_token + context * self.seconds_per_context_token
-
-    def frame_seconds(self, _source: WorkerId, _target: WorkerId, num_bytes: int) -> float:
-        return self.link_latency_seconds + num_bytes / self.link_bytes_per_second
-
-    def message_seconds(self) -> float:
-        return self.control_latency_seconds
-
-    def start_seconds(self, _worker: WorkerId) -> float:
-        return self.load_seconds
-
-
-class VirtualWorker(msgspec.Struct, frozen=True, kw_only=True):
-    """A worker to be simulated."""
-
-    engine: EngineConfig
-    pool: str
-    role: Role
-    layers_per_frame: int
-    one_sided: bool = True
-    """Whether its links write straight into the peer's memory, as shared memory does."""
-
-
-class VirtualSink(Protocol):
-    """Where the results of a virtual run go."""
-
-    def stream(self, command: Stream, now: float) -> None: ...
-    def finish(self, command: Finish, now: float) -> None: ...
-    def reject(self, command: Reject, now: float) -> None: ...
-
-
-class _Link:
-    """One direction between two workers: frames wait for the one on the wire."""
-
-    def __init__(self) -> None:
-        self.queue: deque[SendFrame] = deque()
-        self.current: SendFrame | None = None
-        self.drains: list[CancelSends] = []
-
-
-class _Worker:
-    """A live incarnation: its engine and its timers."""
-
-    def __init__(self, spec: VirtualWorker, incarnation: int) -> None:
-        self.spec = spec
-        self.incarnation = incarnation
-        self.engine = Engine(spec.engine)
-
-
-FrameFault = Callable[[WorkerId, WorkerId, Frame], "list[tuple[float, Frame, int]]"]
-"""(source, target, frame) -> what arrives instead: (extra delay, frame, checksum of the bytes that arrived)."""
-
-
-def faithful(_source: WorkerId, _target: WorkerId, frame: Frame) -> list[tuple[float, Frame, int]]:
-    """No fault: what was sent arrives."""
-    return [(0.0, frame, frame.checksum if isinstance(frame, KvData) else 0)]
 
 
 class VirtualRuntime:
@@ -154,23 +79,26 @@ class VirtualRuntime:
         *,
         draw_token: Callable[[Request, int], int] = lambda request, index: 3 + (request.id * 31 + index) % 997,
         frame_fault: FrameFault = faithful,
+        step_fault: StepFault = never_fails,
+        contents: KvContents | None = None,
         observe: Callable[[float, WorkerId, Message], None] | None = None,
     ) -> None:
         self.now = 0.0
         self.controller = Controller(controller)
-        self.workers: dict[WorkerId, _Worker] = {}
+        self.workers: dict[WorkerId, LiveWorker] = {}
+        self.links: dict[tuple[WorkerId, WorkerId], Link] = {}
         self._specs = {spec.engine.worker: spec for spec in workers}
         self._cost = cost
         self._sink = sink
         self._draw_token = draw_token
         self._frame_fault = frame_fault
+        self._step_fault = step_fault
+        self._contents = contents
         self._observe = observe
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
         self._timers: dict[tuple[WorkerId, str], int] = {}
-        self._links: dict[tuple[WorkerId, WorkerId], _Link] = defaultdict(_Link)
         self._incarnations: dict[WorkerId, int] = defaultdict(int)
-        self._permissions: dict[WorkerId, set[TransferId]] = defaultdict(set)
         for worker in self._specs:
             self._at(0.0, lambda worker=worker: self._start_worker(worker))  # type: ignore[misc]
 
@@ -187,6 +115,19 @@ class VirtualRuntime:
     def kill(self, at_seconds: float, worker: WorkerId) -> None:
         """The worker dies at this time, whatever it is doing."""
         self._at(at_seconds, lambda: self._kill_worker(worker))
+
+    def lose(self, at_seconds: float, worker: WorkerId, lingers_seconds: float) -> None:
+        """The controller's connection to the worker breaks at this time; the process lives on for a while."""
+        self._at(at_seconds, lambda: self._declare_gone(worker, lingers_seconds))
+
+    def pause(self, at_seconds: float, worker: WorkerId, seconds: float) -> None:
+        """The worker stands still at this time, as a stopped process does: what comes in waits in its sockets. What
+        others write straight into its memory lands all the same."""
+        self._at(at_seconds, lambda: self._pause_worker(worker, seconds))
+
+    def shift_clock(self, at_seconds: float, worker: WorkerId, seconds: float) -> None:
+        """The worker's clock jumps at this time."""
+        self._at(at_seconds, lambda: self._shift_clock(worker, seconds))
 
     def run(self, arrivals: Iterable[tuple[float, Request]] = (), *, until: float = float("inf")) -> None:
         """Play the arrivals and everything that follows, to the end or up to a time. Timers alone do not keep a run
@@ -225,13 +166,20 @@ class VirtualRuntime:
             self._obey_controller(command)
 
     def _tell_worker(self, worker: WorkerId, incarnation: int, event: EngineEvent) -> None:
-        alive = self.workers.get(worker)
-        if alive is None or alive.incarnation != incarnation:
+        alive = self._alive(worker, incarnation)
+        if alive is None:
+            return
+        if alive.backlog is not None:
+            alive.backlog.append(lambda: self._tell_worker(worker, incarnation, event))
             return
         if self._observe is not None:
             self._observe(self.now, worker, event)
-        for command in alive.engine.handle(event, self.now):
+        for command in alive.engine.handle(event, self.now + alive.clock_offset_seconds):
             self._obey_engine(alive, command)
+
+    def _alive(self, worker: WorkerId, incarnation: int) -> LiveWorker | None:
+        alive = self.workers.get(worker)
+        return alive if alive is not None and alive.incarnation == incarnation else None
 
     # -- commands -----------------------------------------------------------------------------------------------------
 
@@ -253,23 +201,24 @@ class VirtualRuntime:
             case CancelTimer(key):
                 self._timers.pop((CONTROLLER, key), None)
 
-    def _obey_engine(self, worker: _Worker, command: EngineCommand) -> None:
+    def _obey_engine(self, worker: LiveWorker, command: EngineCommand) -> None:
         name, incarnation = worker.spec.engine.worker, worker.incarnation
         match command:
-            case RunStep(step, chunks):
-                self._run_step(worker, step, chunks)
+            case RunStep():
+                self._run_step(worker, command)
             case ToController(event):
                 self._after(self._cost.message_seconds(), lambda: self._from_worker(name, incarnation, event))
             case SendFrame(peer):
-                link = self._links[name, peer]
-                link.queue.append(command)
-                self._start_send(name, peer, link)
+                link = worker.links.get(peer)
+                if link is not None and link.is_open:  # else it has ended, and PeerLost has said so or will
+                    link.queue.append(command)
+                    self._start_send(name, peer, link)
             case CancelSends(peer):
-                self._cancel_sends(name, peer, command)
-            case ExpectKv(transfer):
-                self._permissions[name].add(transfer)
-            case ForgetKv(transfer):
-                self._permissions[name].discard(transfer)
+                self._cancel_sends(worker, peer, command)
+            case ExpectKv(transfer, epoch):
+                worker.permissions[transfer, epoch] = command
+            case ForgetKv(transfer, epoch):
+                worker.permissions.pop((transfer, epoch), None)
             case SetTimer(key, after_seconds):
                 fire = TimerFired(key)
                 self._set_timer(name, key, after_seconds, lambda: self._tell_worker(name, incarnation, fire))
@@ -278,8 +227,8 @@ class VirtualRuntime:
 
     def _from_worker(self, worker: WorkerId, incarnation: int, event: ControllerEvent) -> None:
         """What a worker said before it died is lost with its socket, unless it has arrived."""
-        alive = self.workers.get(worker)
-        if alive is not None and alive.incarnation == incarnation:
+        alive = self._alive(worker, incarnation)
+        if alive is not None and not alive.is_declared_gone:
             self._tell_controller(event)
 
     def _set_timer(self, owner: WorkerId, key: str, after_seconds: float, fire: Callable[[], None]) -> None:
@@ -295,73 +244,108 @@ class VirtualRuntime:
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
-    def _run_step(self, worker: _Worker, step: int, chunks: tuple[Chunk, ...]) -> None:
-        name, incarnation = worker.spec.engine.worker, worker.incarnation
-        seconds = self._cost.step_seconds(name, chunks)
-        if any(chunk.streams for chunk in chunks):
-            num_layers = worker.spec.engine.num_layers
+    def _run_step(self, worker: LiveWorker, step: RunStep) -> None:
+        name, incarnation, num_layers = worker.spec.engine.worker, worker.incarnation, worker.spec.engine.num_layers
+        seconds = self._cost.step_seconds(name, step.chunks)
+        if self._contents is not None:
+            self._contents.step_started(name, step)
+        if any(chunk.streams for chunk in step.chunks):
             for low in range(0, num_layers, worker.spec.layers_per_frame):
                 high = min(low + worker.spec.layers_per_frame, num_layers)
-                ready = LayersReady(step, low, high)
+                ready = LayersReady(step.step, low, high)
                 self._after(
                     seconds * high / num_layers,
-                    lambda ready=ready: self._tell_worker(name, incarnation, ready),  # type: ignore[misc]
+                    lambda ready=ready: self._layers_written(name, incarnation, step, ready),  # type: ignore[misc]
                 )
         sampled = tuple(
             Sampled(chunk.request.id, self._draw_token(chunk.request, chunk.num_outputs))
-            for chunk in chunks
+            for chunk in step.chunks
             if chunk.samples
         )
-        done = StepDone(step, sampled, seconds)
-        self._after(seconds, lambda: self._tell_worker(name, incarnation, done))
+        problem = self._step_fault(name, step)
+        done = StepDone(step.step, sampled, seconds) if problem is None else StepFailed(step.step, problem)
+        self._after(seconds, lambda: self._end_step(name, incarnation, step, done))
+
+    def _layers_written(self, name: WorkerId, incarnation: int, step: RunStep, ready: LayersReady) -> None:
+        if self._contents is not None and self._alive(name, incarnation) is not None:
+            self._contents.layers_written(name, step, ready.layer_lo, ready.layer_hi)
+        self._tell_worker(name, incarnation, ready)
+
+    def _end_step(self, name: WorkerId, incarnation: int, step: RunStep, event: StepDone | StepFailed) -> None:
+        worker = self._alive(name, incarnation)
+        if self._contents is not None and worker is not None:
+            if isinstance(event, StepDone):
+                self._contents.layers_written(name, step, 0, worker.spec.engine.num_layers)
+            self._contents.step_ended(name, step)
+        self._tell_worker(name, incarnation, event)
 
     # -- links --------------------------------------------------------------------------------------------------------
 
-    def _start_send(self, source: WorkerId, target: WorkerId, link: _Link) -> None:
+    def _start_send(self, source: WorkerId, target: WorkerId, link: Link) -> None:
         if link.current is not None or not link.queue:
             return
         link.current = link.queue.popleft()
         frame = link.current.frame
         num_bytes = frame.num_bytes if isinstance(frame, KvData) else 0
-        incarnations = self._incarnations[source], self._incarnations[target]
-        self._after(
-            self._cost.frame_seconds(source, target, num_bytes),
-            lambda: self._finish_send(source, target, link, incarnations),
-        )
+        if self._contents is not None and isinstance(frame, KvData):
+            self._contents.send_started(source, link.current)
+        self._after(self._cost.frame_seconds(source, target, num_bytes), lambda: self._end_send(source, target, link))
 
-    def _finish_send(self, source: WorkerId, target: WorkerId, link: _Link, incarnations: tuple[int, int]) -> None:
-        if incarnations != (self._incarnations[source], self._incarnations[target]) or link.current is None:
-            return  # the link died with one of its ends
-        frame, link.current = link.current.frame, None
-        if isinstance(frame, KvData):
-            self._check_write(target, frame)
-        for delay, arriving, checksum in self._frame_fault(source, target, frame):
-            event = PeerFrame(source, arriving, checksum)
-            self._after(delay, lambda event=event: self._tell_worker(target, incarnations[1], event))  # type: ignore[misc]
+    def _end_send(self, source: WorkerId, target: WorkerId, link: Link) -> None:
+        if not link.is_open or link.current is None:
+            return  # it ended with one of its ends
+        backlog = self.workers[source].backlog
+        if backlog is not None:
+            backlog.append(lambda: self._end_send(source, target, link))
+            return
+        send, link.current = link.current, None
+        arrivals = self._frame_fault(source, target, send.frame)
+        if isinstance(send.frame, KvData):
+            self._end_data(source, target, send, intact=all(map(is_intact, arrivals)))
+        incarnation = self.workers[target].incarnation
+        for delay, frame, checksum in arrivals:
+            event = PeerFrame(source, frame, checksum)
+            self._after(delay, lambda event=event: self._arrive(target, incarnation, send, event))  # type: ignore[misc]
         drains, link.drains = link.drains, []
         for drain in drains:
-            self._drained(source, drain)
+            self._drained(source, self.workers[source].incarnation, drain)
         self._start_send(source, target, link)
 
-    def _check_write(self, target: WorkerId, frame: KvData) -> None:
-        """Assert that these bytes may land: a one-sided write cannot be refused by the receiver, so it must hit
-        blocks that were granted to this transfer, or that are kept aside because it may still come."""
+    def _end_data(self, source: WorkerId, target: WorkerId, send: SendFrame, *, intact: bool) -> None:
+        """The source has been read. A one-sided write is in place with that, whatever becomes of the frame: the
+        receiver cannot refuse it, so it must hit blocks that are granted to this transfer or kept aside for it."""
         worker = self.workers[target]
-        granted = frame.transfer in self._permissions[target] or worker.engine.pool.is_quarantined(frame.transfer)
-        assert granted or not worker.spec.one_sided, (
-            f"{target}: a write of transfer {frame.transfer} hits foreign blocks"
-        )
+        if self._contents is not None:
+            self._contents.send_ended(source, send)
+        if worker.spec.one_sided:
+            key = send.frame.transfer, send.frame.epoch
+            granted = key in worker.permissions or worker.engine.pool.is_quarantined(send.frame.transfer)
+            assert granted, f"{target}: a write of transfer {send.frame.transfer} hits foreign blocks"
+            if self._contents is not None:
+                self._contents.landed(source, send, intact=intact)
 
-    def _cancel_sends(self, source: WorkerId, target: WorkerId, command: CancelSends) -> None:
-        link = self._links[source, target]
-        link.queue = deque(send for send in link.queue if send.frame.transfer != command.transfer)
-        if link.current is not None and link.current.frame.transfer == command.transfer:
+    def _arrive(self, target: WorkerId, incarnation: int, send: SendFrame, event: PeerFrame) -> None:
+        """A frame comes in. Where the receiver copies, it copies now, if it still may."""
+        worker = self._alive(target, incarnation)
+        if worker is None:
+            return
+        if worker.backlog is not None:
+            worker.backlog.append(lambda: self._arrive(target, incarnation, send, event))
+            return
+        frame = event.frame
+        permitted = (frame.transfer, frame.epoch) in worker.permissions and not worker.spec.one_sided
+        if isinstance(frame, KvData) and permitted and self._contents is not None:
+            self._contents.landed(event.peer, send, intact=event.arrived_checksum == frame.checksum)
+        self._tell_worker(target, incarnation, event)
+
+    def _cancel_sends(self, worker: LiveWorker, target: WorkerId, command: CancelSends) -> None:
+        source, link = worker.spec.engine.worker, worker.links.get(target)
+        if link is not None and link.cancel(command):
             link.drains.append(command)
         else:
-            self._drained(source, command)
+            self._drained(source, worker.incarnation, command)
 
-    def _drained(self, source: WorkerId, command: CancelSends) -> None:
-        incarnation = self._incarnations[source]
+    def _drained(self, source: WorkerId, incarnation: int, command: CancelSends) -> None:
         event = SendsDrained(command.transfer, command.epoch)
         self._after(0.0, lambda: self._tell_worker(source, incarnation, event))
 
@@ -369,10 +353,14 @@ class VirtualRuntime:
 
     def _start_worker(self, name: WorkerId) -> None:
         spec = self._specs[name]
+        if name in self.workers:
+            self._kill_worker(name)  # declared gone, and still not dead
         self._incarnations[name] += 1
-        worker = _Worker(spec, self._incarnations[name])
+        worker = LiveWorker(spec, self._incarnations[name])
         self.workers[name] = worker
         config = spec.engine
+        if self._contents is not None:
+            self._contents.worker_started(name, config.num_blocks)
         kv_bytes_per_token = config.num_layers * config.cell_bytes // config.block_size
         joined = WorkerJoined(
             name, worker.incarnation, spec.pool, spec.role, config.num_blocks, config.block_size, kv_bytes_per_token
@@ -382,29 +370,77 @@ class VirtualRuntime:
             if {spec.role, peer.spec.role} == {"prefill", "decode"}:
                 self._link_up(worker, peer)
 
-    def _link_up(self, one: _Worker, other: _Worker) -> None:
+    def _link_up(self, one: LiveWorker, other: LiveWorker) -> None:
         for here, there in ((one, other), (other, one)):
-            up = PeerUp(there.spec.engine.worker, here.spec.one_sided)
-            self._tell_worker(here.spec.engine.worker, here.incarnation, up)
+            link = self.links[here.spec.engine.worker, there.spec.engine.worker] = Link()
+            self._tell_link(here, PeerUp(there.spec.engine.worker, here.spec.one_sided), link)
         source, target = (one, other) if one.spec.role == "prefill" else (other, one)
         names = source.spec.engine.worker, target.spec.engine.worker
         latency = self._cost.frame_seconds(*names, 0)
         rate = 2**20 / (self._cost.frame_seconds(*names, 2**20) - latency)
         self._tell_controller(LinkMeasured(*names, "virtual", rate, latency))
 
+    def _tell_link(self, worker: LiveWorker, event: PeerUp | PeerLost, link: Link | None) -> None:
+        """A link counts from when its engine hears of it: what the engine said before was meant for the one before."""
+        if worker.backlog is not None:
+            worker.backlog.append(lambda: self._tell_link(worker, event, link))
+            return
+        if link is not None:
+            worker.links[event.peer] = link
+        else:
+            worker.links.pop(event.peer, None)
+        self._tell_worker(worker.spec.engine.worker, worker.incarnation, event)
+
     def _kill_worker(self, name: WorkerId) -> None:
         worker = self.workers.pop(name, None)
         if worker is None:
             return
         self._incarnations[name] += 1  # nothing addressed to it, or from it, arrives any more
-        self._permissions.pop(name, None)
-        for pair in [pair for pair in self._links if name in pair]:
-            link = self._links.pop(pair)
-            for drain in link.drains:
-                self._drained(pair[0], drain)
+        for pair in [pair for pair in self.links if name in pair]:
+            self._break_link(*pair, self.links.pop(pair), source_died=pair[0] == name)
+        if self._contents is not None:
+            self._contents.worker_ended(name)
         for peer in list(self.workers.values()):
             if {worker.spec.role, peer.spec.role} == {"prefill", "decode"}:
-                self._tell_worker(peer.spec.engine.worker, peer.incarnation, PeerLost(name))
-        self._after(
-            self._cost.message_seconds(), lambda: self._tell_controller(WorkerGone(name, worker.incarnation, "killed"))
-        )
+                self._tell_link(peer, PeerLost(name), None)
+        if not worker.is_declared_gone:
+            gone = WorkerGone(name, worker.incarnation, "killed")
+            self._after(self._cost.message_seconds(), lambda: self._tell_controller(gone))
+
+    def _break_link(self, source: WorkerId, target: WorkerId, link: Link, *, source_died: bool) -> None:
+        """What is on the wire is lost; a one-sided write has been torn in the middle."""
+        link.is_open = False
+        if self._contents is not None and link.current is not None and isinstance(link.current.frame, KvData):
+            self._contents.send_ended(source, link.current)
+            if source_died and self.workers[target].spec.one_sided:
+                self._contents.landed(source, link.current, intact=False)
+        for drain in link.drains:
+            self._drained(source, self._incarnations[source], drain)
+
+    def _declare_gone(self, name: WorkerId, lingers_seconds: float) -> None:
+        worker = self.workers.get(name)
+        if worker is None or worker.is_declared_gone:
+            return
+        worker.is_declared_gone = True
+        self._tell_controller(WorkerGone(name, worker.incarnation, "lost its connection"))
+        self._after(lingers_seconds, lambda: self._kill_incarnation(name, worker.incarnation))
+
+    def _kill_incarnation(self, name: WorkerId, incarnation: int) -> None:
+        if self._alive(name, incarnation) is not None:
+            self._kill_worker(name)
+
+    def _pause_worker(self, name: WorkerId, seconds: float) -> None:
+        worker = self.workers.get(name)
+        if worker is None or worker.backlog is not None:
+            return
+        worker.backlog = deque()
+        self._after(seconds, lambda: self._resume_worker(worker))
+
+    def _resume_worker(self, worker: LiveWorker) -> None:
+        backlog, worker.backlog = worker.backlog, None
+        for action in backlog or ():
+            action()
+
+    def _shift_clock(self, name: WorkerId, seconds: float) -> None:
+        if (worker := self.workers.get(name)) is not None:
+            worker.clock_offset_seconds += seconds

@@ -1,0 +1,130 @@
+"""What a virtual cluster is made of: live workers, links, and the seams at which a run is watched or disturbed."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from transload.control.engine import Engine, EngineConfig
+from transload.control.messages import (
+    CancelSends,
+    ExpectKv,
+    Finish,
+    Frame,
+    KvData,
+    KvDone,
+    Reject,
+    Role,
+    RunStep,
+    SendFrame,
+    Stream,
+    TransferId,
+    WorkerId,
+)
+
+
+class VirtualWorker(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker to be simulated."""
+
+    engine: EngineConfig
+    pool: str
+    role: Role
+    layers_per_frame: int
+    one_sided: bool = True
+    """Whether its links write straight into the peer's memory, as shared memory does."""
+
+
+class VirtualSink(Protocol):
+    """Where the results of a virtual run go."""
+
+    def stream(self, command: Stream, now: float) -> None: ...
+    def finish(self, command: Finish, now: float) -> None: ...
+    def reject(self, command: Reject, now: float) -> None: ...
+
+
+class KvContents(Protocol):
+    """Follows what the KV memory of every worker holds, byte for byte or in some likeness of it. A run that only wants
+    times has none; a run that looks for mistakes has one that asserts."""
+
+    def step_started(self, worker: WorkerId, step: RunStep, /) -> None:
+        """The step reads what its chunks rest on, and begins to write their own positions."""
+
+    def layers_written(self, worker: WorkerId, step: RunStep, layer_lo: int, layer_hi: int, /) -> None:
+        """These layers of the step's own positions are complete."""
+
+    def step_ended(self, worker: WorkerId, step: RunStep, /) -> None:
+        """The step touches nothing any more."""
+
+    def send_started(self, source: WorkerId, send: SendFrame, /) -> None:
+        """The frame's cells are being read at the source; a one-sided write has begun at the target."""
+
+    def send_ended(self, source: WorkerId, send: SendFrame, /) -> None:
+        """The source has been read."""
+
+    def landed(self, source: WorkerId, send: SendFrame, /, *, intact: bool) -> None:
+        """The cells lie at the target, or, if not `intact`, others than were sent."""
+
+    def worker_started(self, worker: WorkerId, num_blocks: int, /) -> None: ...
+    def worker_ended(self, worker: WorkerId, /) -> None: ...
+
+
+class Link:
+    """One direction between two workers: frames wait for the one on the wire."""
+
+    def __init__(self) -> None:
+        self.queue: deque[SendFrame] = deque()
+        self.current: SendFrame | None = None
+        self.drains: list[CancelSends] = []
+        self.is_open = True
+
+    def cancel(self, command: CancelSends) -> bool:
+        """Drop what waits of this transfer. Whether something of it is on the wire."""
+        self.queue = deque(send for send in self.queue if not self._takes_back(command, send.frame))
+        return self.is_open and self.current is not None and self.current.frame.transfer == command.transfer
+
+    @staticmethod
+    def _takes_back(command: CancelSends, frame: Frame) -> bool:
+        """Data and its end; an abort or its answer still has to get there."""
+        return frame.transfer == command.transfer and isinstance(frame, KvData | KvDone)
+
+
+class LiveWorker:
+    """A live incarnation: its engine, its clock, and what it may be written by whom."""
+
+    def __init__(self, spec: VirtualWorker, incarnation: int) -> None:
+        self.spec = spec
+        self.incarnation = incarnation
+        # another seed: a transfer must not be named like one of the incarnation before
+        self.engine = Engine(msgspec.structs.replace(spec.engine, seed=spec.engine.seed + (incarnation << 32)))
+        self.clock_offset_seconds = 0.0
+        self.backlog: deque[Callable[[], None]] | None = None
+        """What waits for a paused worker; None while it runs."""
+        self.is_declared_gone = False
+        self.links: dict[WorkerId, Link] = {}
+        """Outgoing ones, as far as its engine has heard of them."""
+        self.permissions: dict[tuple[TransferId, int], ExpectKv] = {}
+
+
+FrameFault = Callable[[WorkerId, WorkerId, Frame], "list[tuple[float, Frame, int]]"]
+"""(source, target, frame) -> what arrives instead: (extra delay, frame, checksum of the bytes that arrived)."""
+
+StepFault = Callable[[WorkerId, RunStep], "str | None"]
+"""(worker, step) -> why it fails, or None."""
+
+
+def never_fails(_worker: WorkerId, _step: RunStep) -> None:
+    """No fault: every step is computed."""
+
+
+def faithful(_source: WorkerId, _target: WorkerId, frame: Frame) -> list[tuple[float, Frame, int]]:
+    """No fault: what was sent arrives."""
+    return [(0.0, frame, frame.checksum if isinstance(frame, KvData) else 0)]
+
+
+def is_intact(arrival: tuple[float, Frame, int]) -> bool:
+    """Whether the bytes that arrive are those that were sent."""
+    _, frame, checksum = arrival
+    return not isinstance(frame, KvData) or checksum == frame.checksum

@@ -1,0 +1,45 @@
+"""What commands cost in virtual time. Owns durations; decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from transload.control.messages import Chunk, WorkerId
+
+
+class CostModel(Protocol):
+    """The same work as a duration, in seconds."""
+
+    def step_seconds(self, worker: WorkerId, chunks: Sequence[Chunk], /) -> float: ...
+    def frame_seconds(self, source: WorkerId, target: WorkerId, num_bytes: int, /) -> float: ...
+    def message_seconds(self) -> float: ...
+    def start_seconds(self, worker: WorkerId, /) -> float: ...
+
+
+class LinearCost(msgspec.Struct, frozen=True, kw_only=True):
+    """A chip in four numbers: a step costs a fixed time, so much a token, and so much a token of context read."""
+
+    step_floor_seconds: float = 0.008
+    seconds_per_token: float = 0.0007
+    seconds_per_context_token: float = 2e-6
+    link_bytes_per_second: float = 5e9
+    link_latency_seconds: float = 1e-4
+    control_latency_seconds: float = 1e-4
+    load_seconds: float = 2.0
+
+    def step_seconds(self, _worker: WorkerId, chunks: Sequence[Chunk]) -> float:
+        num_tokens = sum(chunk.num_tokens for chunk in chunks)
+        context = sum(chunk.start + chunk.num_tokens for chunk in chunks)
+        return self.step_floor_seconds + num_tokens * self.seconds_per_token + context * self.seconds_per_context_token
+
+    def frame_seconds(self, _source: WorkerId, _target: WorkerId, num_bytes: int) -> float:
+        return self.link_latency_seconds + num_bytes / self.link_bytes_per_second
+
+    def message_seconds(self) -> float:
+        return self.control_latency_seconds
+
+    def start_seconds(self, _worker: WorkerId) -> float:
+        return self.load_seconds

@@ -1,0 +1,141 @@
+"""Schedules of faults drawn from a seed: a small cluster, its load, and everything that goes wrong there."""
+
+from __future__ import annotations
+
+from random import Random
+
+from tests.world import World, expected_end
+from transload.control.controller import ControllerConfig
+from transload.control.messages import Frame, KvData, RunStep, WorkerId
+
+HOUR = 3600.0
+PATIENCE = 600.0
+"""Deadline of a request that nobody is in a hurry for: reaching it means that something has hung."""
+
+
+class FaultyWires:
+    """Drops, repeats, delays (so reorders) and changes frames, at rates drawn from the seed."""
+
+    def __init__(self, random: Random, *, one_sided: bool) -> None:
+        self.random = random
+        self.one_sided = one_sided
+        self.rates = {name: random.choice((0.0, 0.0, 0.02, 0.2)) for name in ("drop", "repeat", "delay", "change")}
+
+    def happens(self, fault: str) -> bool:
+        return self.random.random() < self.rates[fault]
+
+    def __call__(self, source: WorkerId, target: WorkerId, frame: Frame) -> list[tuple[float, Frame, int]]:
+        if self.happens("drop"):
+            return []
+        delays = [0.0]
+        if self.happens("repeat"):
+            delays.append(self.random.random() * 0.1)
+        if self.happens("delay"):
+            delays = [self.random.random() * 0.2 for _ in delays]
+        checksum = frame.checksum if isinstance(frame, KvData) else 0
+        changed = isinstance(frame, KvData) and self.happens("change")
+        arrivals: list[tuple[float, Frame, int]] = []
+        for delay in delays:
+            arrivals.append((delay, frame, checksum ^ 1 if changed else checksum))
+            if not self.one_sided:  # each copy is on its own; what lies in memory is the same for all
+                changed = isinstance(frame, KvData) and self.happens("change")
+        return arrivals
+
+
+class FaultySteps:
+    """Steps that fail, at a rate drawn from the seed."""
+
+    def __init__(self, random: Random) -> None:
+        self.random = random
+        self.rate = random.choice((0.0, 0.0, 0.0, 0.01, 0.05))
+
+    def __call__(self, worker: WorkerId, step: RunStep) -> str | None:
+        return "out of memory" if self.random.random() < self.rate else None
+
+
+def build(random: Random) -> tuple[World, list[WorkerId]]:
+    """A cluster drawn from the seed, and the names of its workers."""
+    workers = random.choice(("p0 d0", "p0 p1 d0", "p0 d0 d1", "p0 p1 d0 d1", "a0 p0 d0", "a0 a1"))
+    one_sided = random.random() < 0.7
+    max_batch = random.choice((2, 8))
+    world = World(
+        workers,
+        num_blocks=random.choice((12, 20, 40, 200)),
+        step_tokens=random.choice((4, 16, 64)),
+        layers_per_frame=random.choice((1, 2, 4)),
+        max_batch=max_batch,
+        one_sided=one_sided,
+        frame_fault=FaultyWires(random, one_sided=one_sided),
+        step_fault=FaultySteps(random),
+        controller=ControllerConfig(
+            max_batch=random.choice((max_batch, 8)),
+            local_prefill=random.choice(("auto", "fallback", "always", "fallback")),
+            policy=random.choice(("estimate", "round_robin", "least_loaded")),
+            max_waiting=random.choice((2, 100)),
+        ),
+    )
+    return world, [WorkerId(name) for name in workers.split()]
+
+
+def load(world: World, random: Random) -> None:
+    """Requests that share prefixes, alone or in a burst; some stop early, are in a hurry, or go away."""
+    window = random.choice((0.0, 0.2, 2.0))
+    for _ in range(random.randint(1, 14)):
+        prompt = [random.randint(0, 3), *range(random.randint(0, 40))]
+        max_tokens = random.randint(1, 20)
+        stops_at = random.randrange(max_tokens) if random.random() < 0.3 else None
+        request = world.ask(
+            1 + random.random() * window,
+            prompt,
+            max_tokens,
+            random.choice((3.0, PATIENCE)),
+            stops_at=stops_at,
+            min_tokens=random.choice((0, 0, 5)),
+        )
+        if random.random() < 0.2:
+            world.runtime.cancel(1 + random.random() * (window + 0.5), request)
+
+
+def disturb(world: World, workers: list[WorkerId], random: Random) -> None:
+    """Workers die, stand still, lose their connection or the time."""
+    for _ in range(random.choice((0, 0, 1, 3))):
+        at_seconds, worker = 1 + random.random() * 2, random.choice(workers)
+        match random.choice(("kill", "kill", "pause", "hang", "lose", "clock")):
+            case "kill":
+                world.runtime.kill(at_seconds, worker)
+            case "pause":
+                world.runtime.pause(at_seconds, worker, random.choice((0.05, 0.5, 2.0)))
+            case "hang":
+                world.runtime.pause(at_seconds, worker, HOUR)
+                world.runtime.kill(at_seconds + 1.5, worker)
+            case "lose":
+                world.runtime.lose(at_seconds, worker, random.choice((0.0, 0.01, 0.3, 1.0)))
+            case "clock":
+                world.runtime.shift_clock(at_seconds, worker, random.choice((-HOUR, HOUR)))
+
+
+def play(seed: int) -> World:
+    """Run the schedule of this seed to its end; the world asserts on the way."""
+    random = Random(seed)
+    world, workers = build(random)
+    load(world, random)
+    disturb(world, workers, random)
+    world.run()
+    return world
+
+
+def judge(world: World) -> None:
+    """Every request has ended once: with its whole text, or as its caller wished, or with an error that says why."""
+    world.check_quiescent()
+    for request in world.requests.values():
+        finish = world.finished.get(request.id)
+        if finish is None:
+            assert request.id in world.rejected
+            continue
+        assert finish.num_prompt_tokens == request.num_prompt_tokens
+        assert finish.num_cached_tokens <= request.num_prompt_tokens
+        assert (finish.error is not None) == (finish.error_code is not None) == (finish.reason == "error")
+        if finish.reason in ("stop", "length"):
+            assert (finish.reason, finish.num_outputs) == expected_end(request)
+        elif finish.error_code == "deadline_exceeded":
+            assert request.deadline_seconds < PATIENCE, f"request {request.id} hung: {finish.error}"
