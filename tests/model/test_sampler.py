@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from transload.control.messages import Chunk, Request, RequestId, Sampled, Sampling
+from transload.model import sampler
 from transload.model.sampler import Sampler, uniform
 
 GREEDY = Sampling(temperature=0.0)
@@ -195,6 +196,14 @@ def test_rounded_logits_draw_by_id_among_equals() -> None:
     assert set(drawn(logits, Sampling(top_k=70, temperature=50.0), num_draws=3000)) == set(ranked[:70])
 
 
+def test_the_whole_ranking_is_that_of_a_stable_sort() -> None:
+    logits = torch.cat((random_logits(2, 3000), random_logits(2, 3000).bfloat16().float()), 1)
+    logits[:, 10:20] = torch.tensor([0.0, -0.0, -math.inf, math.inf, 1e-45, -1e-45, 3e38, -3e38, 0.0, -0.0])
+    ids, certain = sampler._ranked(logits)
+    assert torch.equal(ids, logits.sort(dim=-1, descending=True, stable=True).indices)
+    assert certain.tolist() == [[6000], [6000]]
+
+
 def test_a_draw_never_gives_a_forbidden_token() -> None:
     logits = torch.full((3000,), -math.inf)
     logits[2999] = -5.0
@@ -255,10 +264,10 @@ def test_penalties_are_the_same_however_a_request_came_here() -> None:
 
 
 def test_the_memory_of_penalties_is_bounded() -> None:
-    sampler = Sampler()
+    bounded = Sampler()
     for request in range(1500):
-        sampler.sample(torch.zeros(1, 4), [chunk_of(Sampling(presence_penalty=1.0), request=request)])
-    assert len(sampler._penalties._histories) == 1024
+        bounded.sample(torch.zeros(1, 4), [chunk_of(Sampling(presence_penalty=1.0), request=request)])
+    assert len(bounded._penalties._histories) == 1024
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,10 +333,10 @@ def test_a_token_does_not_depend_on_the_batch_it_is_drawn_in() -> None:
         for request, sampling in enumerate(VARIETY)
     ]
     alone = [Sampler().sample(logits[row : row + 1], [chunk])[0] for row, chunk in enumerate(chunks)]
-    sampler = Sampler()
+    shared = Sampler()
     for _ in range(10):
         order = rng.sample(range(len(chunks)), k=rng.randint(1, len(chunks)))
-        together = sampler.sample(logits[order], [chunks[place] for place in order])
+        together = shared.sample(logits[order], [chunks[place] for place in order])
         assert list(together) == [alone[place] for place in order]
 
 

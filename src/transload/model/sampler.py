@@ -20,8 +20,9 @@ from transload.model.penalties import PenaltyCounts, has_penalties
 
 _GREEDY_BELOW = 1e-5
 """Temperatures under this are zero: dividing by them overflows."""
-_RANKED_PREFIXES = (64, 1024)
-"""How many of the best candidates are ranked before the whole vocabulary is: a full sort costs 50 times the first."""
+_SHORT_PREFIX = 64
+_LONG_PREFIX = 2048
+"""How many of the best candidates are looked at before the whole vocabulary is: most draws end among the first."""
 _ARGMAX_GROUPS = (256, 128, 64, 32)
 
 
@@ -166,38 +167,57 @@ class _Draws:
 def _draw(logits_RV: torch.Tensor, chunks: Sequence[Chunk]) -> list[int]:
     """One token a row: the inverse of the cumulated distribution, best token first, at the row's uniform number.
 
-    Ranks a short prefix of the vocabulary first; rows whose answer lies beyond it are ranked further.
+    Ranks a few tokens first; rows whose answer lies beyond them are ranked whole.
     """
     vocab_size, device = logits_RV.shape[1], logits_RV.device
     draws = _Draws(chunks, vocab_size, device)
     probabilities_RV = ((logits_RV - logits_RV.amax(-1, keepdim=True)) / draws.temperature).softmax(-1)
     tokens_R = torch.zeros(len(chunks), dtype=torch.int64, device=device)
     pending_R = torch.arange(len(chunks), device=device)
-    for prefix in (*(size for size in _RANKED_PREFIXES if size < vocab_size), vocab_size):
-        ids_RP, certain_R1 = _ranked(logits_RV[pending_R], prefix)
-        ranked_RP = probabilities_RV[pending_R].gather(1, ids_RP)
-        place_R, found_R = _invert(ranked_RP.double(), certain_R1, draws.rows(pending_R), vocab_size)
+    ids_RP, certain_R1 = _best(logits_RV, min(_SHORT_PREFIX, vocab_size))
+    for prefix in (_SHORT_PREFIX, _LONG_PREFIX, vocab_size):
+        ranked_RP = probabilities_RV[pending_R].gather(1, ids_RP[:, :prefix])
+        place_R, found_R = _invert(ranked_RP.double(), certain_R1.clamp(max=prefix), draws.rows(pending_R), vocab_size)
         tokens_R[pending_R[found_R]] = ids_RP[found_R].gather(1, place_R[found_R, None]).squeeze(1)
         pending_R = pending_R[~found_R]
         if len(pending_R) == 0:
             break
+        if prefix == _SHORT_PREFIX:
+            ids_RP, certain_R1 = _ranked(logits_RV[pending_R])
+        else:
+            ids_RP, certain_R1 = ids_RP[~found_R], certain_R1[~found_R]
     return tokens_R.tolist()
 
 
-def _ranked(logits_RV: torch.Tensor, prefix: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _best(logits_RV: torch.Tensor, prefix: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids of the `prefix` largest logits, largest first, equal ones by id; and how many of them [R, 1] are certain.
 
     A top-k may take any of several equal logits at its end, so only those above its last value are certain.
     """
-    num_rows, vocab_size = logits_RV.shape
-    if prefix == vocab_size:
-        ids_RP = logits_RV.sort(dim=-1, descending=True, stable=True).indices
-        return ids_RP, torch.full((num_rows, 1), vocab_size, device=logits_RV.device)
+    if prefix == logits_RV.shape[1]:
+        return _ranked(logits_RV)
     values_RP, ids_RP = logits_RV.topk(prefix, sorted=False)
     ids_RP, by_id = ids_RP.sort(-1)
     values_RP, by_value = values_RP.gather(1, by_id).sort(dim=-1, descending=True, stable=True)
     certain_R1 = (values_RP > values_RP[:, -1:]).sum(-1, keepdim=True)
     return ids_RP.gather(1, by_value), certain_R1
+
+
+def _ranked(logits_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """All ids, largest logit first, equal ones by id; all are certain.
+
+    On the CPU each float32 becomes an integer of the same order with its id below it, because numpy sorts integers
+    with vector instructions: 0.2 ms for 49,152 tokens, torch's stable sort 3.
+    """
+    num_rows, vocab_size = logits_RV.shape
+    certain_R1 = torch.full((num_rows, 1), vocab_size, device=logits_RV.device)
+    if logits_RV.device.type != "cpu":
+        return logits_RV.sort(dim=-1, descending=True, stable=True).indices, certain_R1
+    bits = (logits_RV + 0.0).view(torch.int32)  # adding makes -0.0 the 0.0 that it equals
+    ordered = bits ^ ((bits >> 31) & 0x7FFF_FFFF)
+    keys = ordered.to(torch.int64).neg_().bitwise_left_shift_(32).add_(torch.arange(vocab_size)).numpy()
+    keys.sort(axis=-1)
+    return torch.from_numpy(keys) & 0xFFFF_FFFF, certain_R1
 
 
 def _invert(
