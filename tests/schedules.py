@@ -68,7 +68,6 @@ def build(random: Random) -> tuple[World, list[WorkerId]]:
         frame_fault=FaultyWires(random, one_sided=one_sided),
         step_fault=FaultySteps(random),
         controller=ControllerConfig(
-            max_batch=random.choice((max_batch, 8)),
             local_prefill=random.choice(("auto", "fallback", "always", "fallback")),
             policy=random.choice(("estimate", "round_robin", "least_loaded")),
             max_waiting=random.choice((2, 100)),

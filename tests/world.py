@@ -125,7 +125,7 @@ class World:
             )
             for name in workers.split()
         ]
-        config = controller or ControllerConfig(max_batch=max_batch, local_prefill="fallback")
+        config = controller or ControllerConfig(local_prefill="fallback")
         self.runtime = VirtualRuntime(
             config,
             specs,

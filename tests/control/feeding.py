@@ -116,8 +116,9 @@ class EngineFeed:
 class ControllerFeed:
     """A controller whose workers have 64 blocks of 4 tokens; every prefill worker is linked to every decode worker."""
 
-    def __init__(self, workers: str = "", config: ControllerConfig | None = None) -> None:
+    def __init__(self, workers: str = "", config: ControllerConfig | None = None, *, max_batch: int = 64) -> None:
         self.now = 0.0
+        self.max_batch = max_batch
         self.controller = Controller(config or ControllerConfig(local_prefill="fallback"))
         for name in workers.split():
             self.join(WorkerId(name))
@@ -127,7 +128,9 @@ class ControllerFeed:
 
     def join(self, worker: WorkerId, incarnation: int = 1, num_blocks: int = 64) -> list[ControllerCommand]:
         role = ROLES[worker[0]]
-        commands = self.give(WorkerJoined(worker, incarnation, role, role, num_blocks, BLOCK_SIZE, 1024))
+        commands = self.give(
+            WorkerJoined(worker, incarnation, role, role, num_blocks, BLOCK_SIZE, 1024, self.max_batch)
+        )
         for other in list(self.controller.views.values()):
             if {role, other.role} == {"prefill", "decode"}:
                 source, target = (worker, other.worker) if role == "prefill" else (other.worker, worker)

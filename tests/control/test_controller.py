@@ -139,7 +139,7 @@ def test_requests_wait_while_no_worker_is_alive_and_go_when_one_joins() -> None:
 
 
 def test_requests_wait_for_room_first_come_first_served() -> None:
-    feed = ControllerFeed("a0", ControllerConfig(max_batch=1))
+    feed = ControllerFeed("a0", max_batch=1)
     other, third = a_request(2, 6), a_request(3, 6)
     feed.give(Arrived(REQUEST))
     assert sent(feed.give(Arrived(other))) == []
@@ -248,7 +248,7 @@ def test_reports_of_an_earlier_attempt_change_nothing() -> None:
 
 
 def test_requests_of_a_lost_worker_keep_their_order_before_those_who_wait() -> None:
-    feed = ControllerFeed("a0", ControllerConfig(max_batch=3))
+    feed = ControllerFeed("a0", max_batch=3)
     requests = [a_request(number, 6) for number in range(1, 6)]
     for request in requests:
         feed.give(Arrived(request))

@@ -67,7 +67,6 @@ class ControllerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_attempts: int = 4
     """How often a request is taken up by workers; one that was sent to a worker already dead does not count."""
     max_waiting: int = 256
-    max_batch: int = 64
     first_restart_seconds: float = 0.2
     """Pause before a lost worker is started again; doubles with every loss that follows within a minute."""
     longest_restart_seconds: float = 10.0
@@ -120,7 +119,7 @@ class Controller:
                     self._progress(tracked, event, now)
             case WorkerJoined(worker):
                 self._forget_worker(worker, "it has joined anew", now)
-                self.views[worker] = WorkerView(event, self.config.max_batch)
+                self.views[worker] = WorkerView(event)
             case WorkerGone():
                 self._lose_worker(event, now)
             case LinkMeasured():

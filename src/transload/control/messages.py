@@ -500,6 +500,7 @@ class WorkerJoined(Message, frozen=True):
     num_blocks: int
     block_size: int
     kv_bytes_per_token: int
+    max_batch: int  # requests it takes at once
 
 
 class WorkerGone(Message, frozen=True):

@@ -11,7 +11,7 @@ from transload.control.rates import LinearRate
 class WorkerView:
     """A live worker. What is assigned is exact; speeds and cached prefixes are the worker's own last word."""
 
-    def __init__(self, joined: WorkerJoined, max_batch: int) -> None:
+    def __init__(self, joined: WorkerJoined) -> None:
         self.worker: WorkerId = joined.worker
         self.incarnation = joined.incarnation
         self.pool = joined.pool
@@ -19,7 +19,7 @@ class WorkerView:
         self.num_blocks = joined.num_blocks
         self.block_size = joined.block_size
         self.kv_bytes_per_token = joined.kv_bytes_per_token
-        self.max_batch = max_batch
+        self.max_batch = joined.max_batch
         self.committed_blocks: dict[RequestId, int] = {}
         self.prefill_tokens: dict[RequestId, int] = {}  # assigned and not yet computed
         self.cached: set[bytes] = set()

@@ -319,6 +319,7 @@ class RealRuntime:
                 ready.num_blocks,
                 ready.block_size,
                 ready.kv_bytes_per_token,
+                plan.limits.max_batch,
             )
         )
         live = [other.plan for other in self._remotes.values() if other.ready is not None]

@@ -363,7 +363,14 @@ class VirtualRuntime:
             self._contents.worker_started(name, config.num_blocks)
         kv_bytes_per_token = config.num_layers * config.cell_bytes // config.block_size
         joined = WorkerJoined(
-            name, worker.incarnation, spec.pool, spec.role, config.num_blocks, config.block_size, kv_bytes_per_token
+            name,
+            worker.incarnation,
+            spec.pool,
+            spec.role,
+            config.num_blocks,
+            config.block_size,
+            kv_bytes_per_token,
+            config.max_batch,
         )
         self._tell_controller(joined)
         for peer in list(self.workers.values()):

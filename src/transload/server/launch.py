@@ -154,7 +154,6 @@ def controller_config(deployment: Deployment) -> ControllerConfig:
         local_prefill=deployment.router.local_prefill,
         max_attempts=deployment.router.max_attempts,
         max_waiting=deployment.server.max_waiting,
-        max_batch=max(pool.limits.max_batch for pool in deployment.pools),
     )
 
 

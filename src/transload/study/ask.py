@@ -12,7 +12,7 @@ from transload.study.conversation import Conversation
 
 def ask_once(url: str, text: str, console: Console, *, api_key: str | None = None) -> int:
     """Print the answer as it comes, then its waterfall. 0, or 1 if it failed (and then the reason is printed)."""
-    conversation = Conversation(url, api_key=api_key)
+    conversation = Conversation(url, api_key=api_key, temperature=0.0)
     try:
         conversation.connect()
         show_answer(conversation, text, console)
