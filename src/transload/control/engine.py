@@ -93,6 +93,7 @@ class Engine:
         self._num_arrivals = 0
         self._step = 0
         self._chunks: tuple[tuple[Work, Chunk], ...] = ()  # of the step under way
+        self._arrived: list[int] = []  # blocks filled by other workers since the last step
         self._cache_sequence = 0
         self._last_load: Load | None = None
 
@@ -232,7 +233,8 @@ class Engine:
         if planned:
             self._step += 1
             self._chunks = tuple((work, self._chunk(work, num_tokens)) for work, num_tokens in planned)
-            self._out.append(RunStep(self._step, tuple(chunk for _, chunk in self._chunks)))
+            arrived, self._arrived = tuple(self._arrived), []
+            self._out.append(RunStep(self._step, tuple(chunk for _, chunk in self._chunks), arrived))
 
     def _chunk(self, work: Work, num_tokens: int) -> Chunk:
         work.in_step = True
@@ -248,6 +250,7 @@ class Engine:
             samples=work.num_computed + num_tokens == work.num_known,
             num_outputs=work.num_outputs,
             streams=work.sender is not None,
+            num_sent_blocks=work.sender.next_block if work.sender is not None else 0,
         )
 
     def _grow(self, work: Work) -> bool:
@@ -371,6 +374,7 @@ class Engine:
         work.tokens = [*work.request.prompt, *receiver.outputs]
         work.num_outputs = len(receiver.outputs)
         work.num_known = work.request.num_prompt_tokens + work.num_outputs
+        self._arrived += receiver.grant.blocks
         work.receiver = None
         work.kind = "run"  # from here on like any other: it may be preempted, and fails alone
         self._register_blocks(work)

@@ -308,13 +308,19 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
     samples: bool
     num_outputs: int
     streams: bool = False  # its KV leaves for another worker: report LayersReady
+    num_sent_blocks: int = 0  # then: the request's blocks before this one have left already
 
 
 class RunStep(msgspec.Struct, frozen=True, gc=False):
-    """Compute these chunks in one forward pass. One step at a time; answered by `StepDone` or `StepFailed`."""
+    """Compute these chunks in one forward pass. One step at a time; answered by `StepDone` or `StepFailed`.
+
+    `arrived` are the blocks that other workers have filled since the last step: an executor whose cache is not the
+    memory that links write to fetches them first.
+    """
 
     step: int
     chunks: tuple[Chunk, ...]
+    arrived: tuple[int, ...] = ()
 
 
 class SendFrame(Message, frozen=True):

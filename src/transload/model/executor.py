@@ -18,6 +18,7 @@ from transload.model.kv_cache import KvCache
 from transload.model.llama import LlamaModel
 from transload.model.rope import RotaryEmbedding
 from transload.model.sampler import Sampler
+from transload.model.staging import HostStage
 from transload.transfer.layout import KvLayout
 
 DEFAULT_LAYERS_PER_FRAME = 4
@@ -33,10 +34,12 @@ class TorchExecutor:
         num_blocks: int,
         *,
         buffer: memoryview | mmap.mmap | bytearray | None = None,
+        staged: bool = False,
         threads: int = 1,
         layers_per_frame: int = DEFAULT_LAYERS_PER_FRAME,
     ) -> None:
         """`buffer` is the memory for the cache, zeroed, at least num_blocks * layout.block_bytes long; None: its own.
+        `staged`: the cache is on the device all the same, and `buffer` is where KV lies that crosses to other workers.
 
         `threads` becomes torch's number of threads for this process. `layers_per_frame` is how often a step that
         streams reports layers.
@@ -50,7 +53,8 @@ class TorchExecutor:
         torch.set_num_threads(threads)
         self._model = model
         self._layers_per_frame = layers_per_frame
-        self._cache = KvCache(layout, num_blocks, buffer, model.device)
+        self._cache = KvCache(layout, num_blocks, None if staged else buffer, model.device)
+        self._stage = HostStage(self._cache, buffer) if staged and buffer is not None else None
         assert self._cache.tensor.dtype == model.dtype, "the cache holds what the model computes"
         self._batches = BatchBuilder(
             arch,
@@ -86,7 +90,9 @@ class TorchExecutor:
             return StepDone(step=step.step, sampled=(), seconds=perf_counter() - started)
         batch = self._batches.build(step.chunks, step=step.step)
         streams = any(chunk.streams for chunk in step.chunks)
-        residual_RE = self._run_layers(batch, layers_ready if streams else None)
+        if self._stage is not None:
+            self._stage.fetch(step.arrived)
+        residual_RE = self._run_layers(batch, self._reporter(step, layers_ready) if streams else None)
         sampled: tuple[Sampled, ...] = ()
         if len(residual_RE):
             logits_RV = self._model.attention.logits(residual_RE)
@@ -114,6 +120,18 @@ class TorchExecutor:
             self._wait_for_device()
             layers_ready(reported, len(feed_forwards))
         return residual_RE
+
+    def _reporter(self, step: RunStep, layers_ready: Callable[[int, int], None]) -> Callable[[int, int], None]:
+        """Reports layers once the links can read them."""
+        stage = self._stage
+        if stage is None:
+            return layers_ready
+
+        def put_and_report(layer_lo: int, layer_hi: int) -> None:
+            stage.put(step.chunks, layer_lo, layer_hi)
+            layers_ready(layer_lo, layer_hi)
+
+        return put_and_report
 
     def _wait_for_device(self) -> None:
         """Until all queued work is done: a transport may then read the cache, and time is measured honestly."""

@@ -30,12 +30,12 @@ def build_executor(plan: WorkerPlan) -> tuple[TorchExecutor, KvMemory]:
     model = build_model(files.arch, tensors, dtype, plan.model.deterministic, torch.device(plan.device))
     layout = kv_layout(files.arch, files.identity, plan.block_size, plan.dtype)
     memory = KvMemory(layout, plan.num_blocks)
-    on_cpu = plan.device == "cpu"
     executor = TorchExecutor(
         model,
         layout,
         plan.num_blocks,
-        buffer=memory.buffer if on_cpu else None,
+        buffer=memory.buffer,
+        staged=plan.device != "cpu",
         threads=plan.threads,
         layers_per_frame=plan.layers_per_frame or files.arch.num_layers,
     )
