@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 import socket
+import sys
+import threading
 import time
+from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 
-from tests.transfer.rig import LARGE, SMALL, Handoff, RawPeer, Worker, eventually, link_up
+from tests.transfer.rig import LARGE, SMALL, WAIT_SECONDS, Handoff, RawPeer, Worker, eventually, link_up
 from transload.control.messages import (
     CancelSends,
     ExpectKv,
@@ -28,6 +31,7 @@ from transload.control.messages import (
     WorkerId,
 )
 from transload.errors import HandoffError
+from transload.transfer.cells import CellMover, Cells, Rows
 from transload.transfer.layout import KvLayout
 from transload.transfer.link import LinkOptions
 from transload.transfer.links import LinkFailed
@@ -340,3 +344,45 @@ def test_closing_in_the_middle_of_transfers_ends_everything(transport: Transport
         assert receiver.wait_for(PeerLost) == PeerLost(sender.name)
         with pytest.raises(HandoffError, match="closed"):
             sender.links.connect(receiver.name, receiver.links.address)
+
+
+def test_a_peer_is_not_lost_while_a_copy_for_it_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    copying, go_on = threading.Event(), threading.Event()
+    copy = CellMover.copy
+
+    def slowly(self: CellMover, source: Cells, rows: Rows, target: Cells, target_rows: Rows) -> int:
+        copying.set()
+        assert go_on.wait(WAIT_SECONDS)
+        return copy(self, source, rows, target, target_rows)
+
+    monkeypatch.setattr(CellMover, "copy", slowly)
+    with Worker("a") as sender, Worker("b") as receiver:
+        link_up(sender, receiver, "shm")
+        handoff = Handoff(sender, receiver)
+        sender.links.send(handoff.whole())
+        assert copying.wait(WAIT_SECONDS)
+        sender.links.cancel_sends(CancelSends(receiver.name, handoff.transfer, handoff.epoch))
+        receiver.links.disconnect(sender.name)
+        time.sleep(0.2)
+        assert sender.events.empty()
+        assert receiver.events.empty()
+        go_on.set()
+        assert sender.next() == SendsDrained(handoff.transfer, handoff.epoch)
+        assert sender.next() == PeerLost(receiver.name)
+        assert receiver.next() == PeerLost(sender.name)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_memory_of_a_peer_is_unmapped_with_its_link() -> None:
+    def num_mappings() -> int:
+        return Path("/proc/self/maps").read_text().count("transload-kv")
+
+    with Worker("a") as one, Worker("b") as other:
+        assert num_mappings() == 2
+        for _ in range(3):
+            link_up(one, other, "shm")
+            assert num_mappings() == 4
+            other.links.disconnect(one.name)
+            assert one.next() == PeerLost(other.name)
+            assert other.next() == PeerLost(one.name)
+            assert num_mappings() == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import socket
 import struct
+import time
 
 import msgspec
 import numpy as np
@@ -175,3 +176,14 @@ def test_a_peer_that_closes_while_much_is_on_its_way_is_lost_once() -> None:
             events.append(worker.next())
         assert all(isinstance(event, PeerFrame) and event.arrived_checksum == 0 for event in events[:-1])
         assert worker.events.empty()
+
+
+def test_a_peer_that_shares_memory_is_not_lost_for_breaking_the_protocol_before_it_lets_go() -> None:
+    with Worker("a") as worker, RawPeer(worker, one_sided=True) as raw:
+        raw.sock.sendall(b"\xff" * 100)
+        assert isinstance(worker.next(), LinkFailed)
+        raw.sock.sendall(b"\xff" * 100_000)  # read, so that a peer in the middle of sending can come to its end
+        time.sleep(0.3)
+        assert worker.events.empty()
+        raw.sock.shutdown(socket.SHUT_WR)
+        assert worker.next() == PeerLost(RAW)

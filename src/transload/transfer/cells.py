@@ -100,6 +100,11 @@ class CellMover:
         self.checksum_seconds += time.perf_counter() - started
         return checksum.intdigest()
 
+    def pack(self, cells: Cells, rows: Rows) -> Sequence[memoryview]:
+        """A batch of cells for `sendmsg`: large ones where they lie, small ones side by side in the scratch buffer,
+        where checksum and socket find them in one run. Good until the next batch."""
+        return cells.views(rows) if self._in_loop else (self._gather(cells, rows).reshape(-1).data,)
+
     def update(self, checksum: xxhash.xxh3_64, views: Sequence[memoryview]) -> None:
         """Add cells that are on their way through this core's cache."""
         started = time.perf_counter()

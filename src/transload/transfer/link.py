@@ -134,12 +134,14 @@ class Link:
     def start(self) -> None:
         """Report the peer as up, then move bytes."""
         prepare(self._sock)
-        self._deliver(PeerUp(self.peer, self._carrier.one_sided))
         self._sender.start()
         self._receiver.start()
 
     def discard(self) -> None:
-        """End a link that was never started."""
+        """End a link that could not be started."""
+        self.fail(None)
+        if self._sender.ident is not None:
+            self._sender.join()
         self._carrier.close()
         self._sock.close()
         self.ended.set()
@@ -262,6 +264,7 @@ class Link:
     # ----- the receiver thread
 
     def _run_receiver(self) -> None:
+        self._deliver(PeerUp(self.peer, self._carrier.one_sided))
         try:
             while True:
                 self._receive(*self._reader.read_header())

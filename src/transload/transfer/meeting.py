@@ -130,14 +130,14 @@ class Meeting:
                 raise LinkRefused(f"{self._address.worker} drops its dial to {address.worker}: {refusal}", refusal)
 
     def _open(self, attempt: Attempt, link: Link, last_word: Callable[[], None]) -> None:
-        """The link is registered: from here on its own threads end it."""
+        """The link is registered: once started, its own threads end it."""
         try:
             last_word()
+            attempt.let_go()
+            link.start()
         except BaseException:
             link.discard()
             raise
-        attempt.let_go()
-        link.start()
 
     @contextlib.contextmanager
     def _cleanup(self, attempt: Attempt, sock: socket.socket, handshake: Handshake) -> Iterator[None]:

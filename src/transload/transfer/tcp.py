@@ -39,7 +39,7 @@ class TcpCarrier:
         checksum = xxhash.xxh3_64()
         before: list[bytes | memoryview] = [encode(frame, frame.num_bytes + TRAILER.size)]
         for batch in self.sending.batches(rows):
-            views = self._cells.views(batch)
+            views = self.sending.pack(self._cells, batch)
             self.sending.update(checksum, views)
             self._writer.write([*before, *views])
             before = []
