@@ -69,6 +69,7 @@ from transload.transfer.link import LinkOptions
 from transload.transfer.links import LinkFailed, Links
 from transload.transfer.memory import KvMemory
 
+SHUT_DOWN = "the front end has shut down"
 BuildExecutor = Callable[[WorkerPlan], "tuple[Executor, KvMemory]"]
 
 
@@ -150,7 +151,7 @@ class WorkerProcess:
                 assert self._links is not None
                 self._links.connect(peer, address, transport)
             case Shutdown():
-                self._end("the front end has shut down")
+                self._end(SHUT_DOWN)
             case Refused(reason):
                 self._end(f"refused: {reason}")
 
@@ -375,6 +376,7 @@ def main(join: str, name: str) -> int:
         return await worker.run()
 
     reason = asyncio.run(work())
-    print(f"{name}: {reason}", file=sys.stderr)  # noqa: T201 - the worker's one line to its terminal
-    sys.stderr.flush()
-    os._exit(0 if reason == "the front end has shut down" else 1)  # torch's threads have nothing left to say
+    if reason != SHUT_DOWN:
+        sys.stderr.write(f"{name}: {reason}\n")
+        sys.stderr.flush()
+    os._exit(0 if reason == SHUT_DOWN else 1)  # torch's threads have nothing left to say
