@@ -92,12 +92,13 @@ def main() -> None:
     parser.add_argument("--transports", nargs="+", default=["shm", "tcp"], choices=["shm", "tcp"])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    pin(0)
+    own_core, peer_core = two_cores()
+    pin(own_core)
     figures: list[Figure] = []
     print(f"{'cell':24}{'MB':>5}  {'':4} {'GB/s':>6} {'best':>6} {'worst':>6} {'copy':>6} {'+sum':>6} {'share':>6}")
     for name, layout in LAYOUTS.items():
         for megabytes in options.megabytes:
-            for figure in measure(layout, megabytes * 10**6, options):
+            for figure in measure(layout, megabytes * 10**6, options, peer_core):
                 figures.append(figure)
                 print(
                     f"{name:24}{megabytes:5}  {figure.transport:4} {figure.median:6.2f} {figure.best:6.2f} "
@@ -110,7 +111,7 @@ def main() -> None:
         options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def measure(layout: KvLayout, num_bytes: int, options: argparse.Namespace) -> list[Figure]:
+def measure(layout: KvLayout, num_bytes: int, options: argparse.Namespace, peer_core: int | None) -> list[Figure]:
     """All transports at one shape."""
     num_blocks = max(1, num_bytes // layout.block_bytes)
     pool_blocks = num_blocks * 5 // 4 + 1
@@ -121,7 +122,7 @@ def measure(layout: KvLayout, num_bytes: int, options: argparse.Namespace) -> li
     copy, copy_with_checksum = in_process(memory, source, target, options.repeat)
     figures = []
     for transport in options.transports:
-        link = Pair(layout, memory, target, transport)
+        link = Pair(layout, memory, target, transport, peer_core)
         frames = plan_frames(layout, source, target, options.frame_kib << 10)
         link.transfer(frames)  # the first one meets cold caches and small socket buffers
         before = link.stats()
@@ -176,10 +177,12 @@ def plan_frames(layout: KvLayout, source: tuple[int, ...], target: tuple[int, ..
 class Pair:
     """A link from this process to one that it starts."""
 
-    def __init__(self, layout: KvLayout, memory: KvMemory, target: tuple[int, ...], transport: str) -> None:
+    def __init__(
+        self, layout: KvLayout, memory: KvMemory, target: tuple[int, ...], transport: str, core: int | None
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=receiver, args=(theirs, layout, memory.num_blocks, target))
+        self._process = context.Process(target=receiver, args=(theirs, layout, memory.num_blocks, target, core))
         self._process.start()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._links = Links(
@@ -228,9 +231,9 @@ class Pair:
         self._process.join(30)
 
 
-def receiver(pipe: Connection, layout: KvLayout, num_blocks: int, target: tuple[int, ...]) -> None:
+def receiver(pipe: Connection, layout: KvLayout, num_blocks: int, target: tuple[int, ...], core: int | None) -> None:
     """The other process: answers each transfer when all its frames are in and intact."""
-    pin(1)
+    pin(core)
     memory = KvMemory(layout, num_blocks)
     broken: list[EngineEvent] = []
 
@@ -310,12 +313,19 @@ def share(before: tuple[float, float], after: tuple[float, float]) -> float:
     return (after[1] - before[1]) / max(after[0] - before[0], 1e-9)
 
 
-def pin(core: int) -> None:
-    """To one core of those allowed, if there is one for each process."""
+def pin(core: int | None) -> None:
+    """This process to one core."""
+    if sys.platform == "linux" and core is not None:
+        os.sched_setaffinity(0, {core})
+
+
+def two_cores() -> tuple[int, int] | tuple[None, None]:
+    """One for each process, where there are two."""
     if sys.platform == "linux":
         cores = sorted(os.sched_getaffinity(0))
         if len(cores) > 1:
-            os.sched_setaffinity(0, {cores[core]})
+            return cores[0], cores[1]
+    return None, None
 
 
 def surroundings() -> dict[str, object]:
