@@ -150,3 +150,29 @@ def test_dropping_the_front_leaves_the_rest(lengths: list[int], num_bytes: int) 
     num_bytes = min(num_bytes, len(whole))
     drop_front(buffers, num_bytes)
     assert b"".join(buffers) == whole[num_bytes:]
+
+
+def test_small_parts_wait_for_company_but_keep_their_order(pair: Pair) -> None:
+    writer = FrameWriter(pair[0], 20.0, lambda: False)
+
+    def arrived() -> bytes:
+        try:
+            return pair[1].recv(1 << 16, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return b""
+
+    writer.hold(b"a")
+    writer.hold(b"b")
+    assert arrived() == b""
+    writer.write([b"c", b"d"])
+    assert arrived() == b"abcd"
+    writer.hold(b"e")
+    writer.flush()
+    assert arrived() == b"e"
+    for _ in range(8):
+        writer.hold(b"f")
+    assert arrived() == b"f" * 8
+    writer.hold(b"g", for_bytes=1 << 23)  # it announces a lot
+    assert arrived() == b"g"
+    writer.flush()
+    assert arrived() == b""

@@ -231,9 +231,16 @@ class Link:
 
     def _run_sender(self) -> None:
         try:
-            while (item := self._outbox.take()) is not None:
+            while True:
+                item = self._outbox.take(wait=False)
+                if item is None:
+                    self._writer.flush()
+                    item = self._outbox.take()
                 match item:
+                    case None:
+                        break
                     case CancelSends():
+                        self._writer.flush()  # else the frames it announces would still be under way
                         self._deliver(SendsDrained(item.transfer, item.epoch))
                     case SendFrame():
                         self._send(item)
@@ -258,7 +265,7 @@ class Link:
             self._carrier.send(command, command.frame)
             self._sent.count_cells(command.frame.num_bytes, time.perf_counter() - started)
         else:
-            self._writer.write([encode(command.frame)])
+            self._writer.hold(encode(command.frame))
         self._sent.count_frame()
 
     # ----- the receiver thread

@@ -112,8 +112,9 @@ class Outbox:
             self._changed.notify()
             return True
 
-    def take(self) -> SendFrame | CancelSends | Ping | Pong | None:
-        """The next thing to do, waiting for it; None once closed. A cancel comes first: nothing is under way now."""
+    def take(self, *, wait: bool = True) -> SendFrame | CancelSends | Ping | Pong | None:
+        """The next thing to do, if need be waiting for it; None once closed, or if there is nothing and `wait` is
+        False. A cancel comes first: nothing is under way now."""
         with self._changed:
             while True:
                 if self._drains:
@@ -129,6 +130,8 @@ class Outbox:
                 if item is not None:
                     self._num_frames -= 1
                     return item
+                if not wait:
+                    return None
                 self._changed.wait()
 
     def close(self) -> None:

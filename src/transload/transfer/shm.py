@@ -38,11 +38,11 @@ class ShmCarrier:
             raise HandoffError(f"{frame} is to fill blocks outside the peer's 0..{self._peer_cells.num_blocks}")
 
     def send(self, command: SendFrame, frame: KvData) -> None:
-        """Copy, then tell: the peer sees the header only when the cells are in place."""
+        """Copy, then tell: the peer sees the header only when the cells are in place, one in a while for several."""
         rows = self._cells.rows(frame.layer_lo, frame.layer_hi, command.source_blocks)
         target_rows = self._peer_cells.rows(frame.layer_lo, frame.layer_hi, command.target_blocks)
         checksum = self.sending.copy(self._cells, rows, self._peer_cells, target_rows)
-        self._writer.write([encode(msgspec.structs.replace(frame, checksum=checksum))])
+        self._writer.hold(encode(msgspec.structs.replace(frame, checksum=checksum)), frame.num_bytes)
 
     def receive(self, frame: KvData, payload_bytes: int, permit: Permit | None) -> tuple[KvData, int]:
         """The frame and the checksum of its cells as they lie in our blocks; 0 without permission."""

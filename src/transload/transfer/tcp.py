@@ -37,13 +37,12 @@ class TcpCarrier:
         """Header, cells, checksum. The kernel has taken its copy of the cells when this returns."""
         rows = self._cells.rows(frame.layer_lo, frame.layer_hi, command.source_blocks)
         checksum = xxhash.xxh3_64()
-        before: list[bytes | memoryview] = [encode(frame, frame.num_bytes + TRAILER.size)]
+        self._writer.hold(encode(frame, frame.num_bytes + TRAILER.size))
         for batch in self.sending.batches(rows):
             views = self.sending.pack(self._cells, batch)
             self.sending.update(checksum, views)
-            self._writer.write([*before, *views])
-            before = []
-        self._writer.write([TRAILER.pack(checksum.intdigest())])
+            self._writer.write(views)
+        self._writer.hold(TRAILER.pack(checksum.intdigest()))
 
     def receive(self, frame: KvData, payload_bytes: int, permit: Permit | None) -> tuple[KvData, int]:
         """The frame with its sender's checksum, and that of the cells as they were stored; 0 if they were not."""

@@ -27,6 +27,8 @@ TRAILER = struct.Struct("<Q")
 MAX_HEADER_BYTES = 2 << 20  # the longest is KvDone: the outputs of a request, at most five bytes each
 MAX_IOVECS = 64
 _STAGING_BYTES = 4096  # a few dozen control frames; more would only pull payload in that has to be copied out again
+_MAX_HELD = 8  # small parts that wait for company on their way out
+_MAX_HELD_FOR_BYTES = 4 << 20
 _KEEPALIVE_SECONDS = 5
 _TICK_SECONDS = 0.1  # how soon a thread in a blocking call sees that its link is to end
 
@@ -115,9 +117,28 @@ class FrameWriter:
         self._sock = sock
         self._stall_seconds = stall_seconds
         self._stopping = stopping
+        self._held: list[bytes] = []
+        self._held_for_bytes = 0
+
+    def hold(self, part: bytes, for_bytes: int = 0) -> None:
+        """Send this with what comes next, or with `flush`: a call a frame would cost as much as copying 100 kB. What
+        it announces, `for_bytes` of cells, does not wait for long."""
+        self._held.append(part)
+        self._held_for_bytes += for_bytes
+        if len(self._held) >= _MAX_HELD or self._held_for_bytes >= _MAX_HELD_FOR_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is held."""
+        if self._held:
+            self.write(())
 
     def write(self, buffers: Sequence[bytes | memoryview]) -> None:
-        """Send all of it, in calls of at most `MAX_IOVECS` buffers."""
+        """Send all of it, after what is held, in calls of at most `MAX_IOVECS` buffers."""
+        if self._held:
+            buffers = (*self._held, *buffers)
+            self._held.clear()
+            self._held_for_bytes = 0
         for start in range(0, len(buffers), MAX_IOVECS):
             self._write([memoryview(buffer) for buffer in buffers[start : start + MAX_IOVECS]])
 
