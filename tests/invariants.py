@@ -32,6 +32,19 @@ def check_ownership(runtime: VirtualRuntime) -> None:
                 assert {name for name, _ in held} <= set(tracked.workers()), f"{where}, not {list(tracked.workers())}"
 
 
+def check_links(runtime: VirtualRuntime) -> None:
+    """No transfer goes on over a link that its worker knows to be lost."""
+    for worker in runtime.workers.values():
+        exchange = worker.engine.exchange
+        for work in exchange._receiving.values():
+            assert work.receiver is not None
+            assert work.receiver.source in exchange._peers
+        for work in exchange._sending.values():
+            assert work.sender is not None
+            assert work.sender.target in exchange._peers or work.phase == "draining" or work.failed
+        assert {source for source, _ in exchange._quarantined.values()} <= set(exchange._peers)
+
+
 def check_bounds(runtime: VirtualRuntime) -> None:
     """Everything that grows with load has a limit."""
     controller = runtime.controller

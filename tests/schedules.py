@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 
 from tests.world import World, expected_end
 from transload.control.controller import ControllerConfig
-from transload.control.messages import Frame, KvData, RunStep, WorkerId
+from transload.control.messages import Chunk, Frame, HandoffFailed, KvData, RequestFailed, RunStep, WorkerId
+from transload.runtime.cluster import faithful, never_fails
 
 HOUR = 3600.0
 PATIENCE = 600.0
@@ -42,6 +44,28 @@ class FaultyWires:
         return arrivals
 
 
+class UnevenCost:
+    """Links, steps and messages that are fast or slow by turns, so that anything may overtake anything it may."""
+
+    def __init__(self, random: Random) -> None:
+        self.random = random
+        self.step_floor_seconds = random.choice((0.008, 0.008, 0.1))
+        self.link_bytes_per_second = random.choice((5e9, 1e6, 2e5))
+        self.longest_message_seconds = random.choice((1e-4, 0.01, 0.1))
+
+    def step_seconds(self, _worker: WorkerId, chunks: Sequence[Chunk]) -> float:
+        return self.step_floor_seconds + 0.0007 * sum(chunk.num_tokens for chunk in chunks)
+
+    def frame_seconds(self, _source: WorkerId, _target: WorkerId, num_bytes: int) -> float:
+        return 1e-4 + num_bytes / self.link_bytes_per_second
+
+    def message_seconds(self) -> float:
+        return self.random.random() * self.longest_message_seconds
+
+    def start_seconds(self, _worker: WorkerId) -> float:
+        return 0.5
+
+
 class FaultySteps:
     """Steps that fail, at a rate drawn from the seed."""
 
@@ -53,7 +77,7 @@ class FaultySteps:
         return "out of memory" if self.random.random() < self.rate else None
 
 
-def build(random: Random) -> tuple[World, list[WorkerId]]:
+def build(random: Random, *, faults: bool = True) -> tuple[World, list[WorkerId]]:
     """A cluster drawn from the seed, and the names of its workers."""
     workers = random.choice(("p0 d0", "p0 p1 d0", "p0 d0 d1", "p0 p1 d0 d1", "a0 p0 d0", "a0 a1"))
     one_sided = random.random() < 0.7
@@ -65,8 +89,9 @@ def build(random: Random) -> tuple[World, list[WorkerId]]:
         layers_per_frame=random.choice((1, 2, 4)),
         max_batch=max_batch,
         one_sided=one_sided,
-        frame_fault=FaultyWires(random, one_sided=one_sided),
-        step_fault=FaultySteps(random),
+        cost=UnevenCost(random),
+        frame_fault=FaultyWires(random, one_sided=one_sided) if faults else faithful,
+        step_fault=FaultySteps(random) if faults else never_fails,
         controller=ControllerConfig(
             local_prefill=random.choice(("auto", "fallback", "always", "fallback")),
             policy=random.choice(("estimate", "round_robin", "least_loaded")),
@@ -121,6 +146,29 @@ def play(seed: int) -> World:
     disturb(world, workers, random)
     world.run()
     return world
+
+
+def play_calm(seed: int) -> World:
+    """The same clusters and as much load, and nothing goes wrong."""
+    random = Random(seed)
+    world, _ = build(random, faults=False)
+    for number in range(random.randint(1, 30)):
+        prompt = [random.randint(0, 3), *range(random.randint(0, 28))]
+        world.ask(1 + number * random.choice((0.0, 0.01)), prompt, random.randint(1, 12), 10 * PATIENCE)
+    world.run()
+    return world
+
+
+def judge_calm(world: World) -> None:
+    """Who was let in has the whole text, at the first attempt."""
+    world.check_quiescent()
+    for request in world.requests.values():
+        if request.id in world.finished:
+            finish = world.finished[request.id]
+            assert (finish.reason, finish.num_outputs) == expected_end(request), finish
+            assert world.runtime.controller.ended[request.id].epoch == 0
+    failures = [event for _, _, event in world.events if isinstance(event, HandoffFailed | RequestFailed)]
+    assert not failures
 
 
 def judge(world: World) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from tests.invariants import check_bounds, check_ownership, check_quiescent
+from tests.invariants import check_bounds, check_links, check_ownership, check_quiescent
 from tests.kv_contents import Contents
 from transload.control.controller import ControllerConfig
 from transload.control.engine import EngineConfig
@@ -25,7 +25,7 @@ from transload.control.messages import (
 )
 from transload.control.prefix import prompt_keys
 from transload.runtime.cluster import FrameFault, StepFault, VirtualWorker, faithful, never_fails
-from transload.runtime.cost import LinearCost
+from transload.runtime.cost import CostModel, LinearCost
 from transload.runtime.virtual import VirtualRuntime
 
 BLOCK_SIZE = 4
@@ -87,7 +87,7 @@ class World:
         step_tokens: int = 16,
         layers_per_frame: int = 2,
         one_sided: bool = True,
-        cost: LinearCost | None = None,
+        cost: CostModel | None = None,
         controller: ControllerConfig | None = None,
         frame_fault: FrameFault = faithful,
         step_fault: StepFault = never_fails,
@@ -200,6 +200,7 @@ class World:
             worker.engine.check()
         self.contents.check(self.runtime.workers, self.runtime.links)
         check_ownership(self.runtime)
+        check_links(self.runtime)
         check_bounds(self.runtime)
 
     def check_complete(self) -> None:

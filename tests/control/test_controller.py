@@ -314,6 +314,7 @@ def test_a_worker_that_joins_anew_has_lost_what_it_had() -> None:
 def test_a_link_to_a_worker_that_is_gone_is_not_believed_in() -> None:
     feed = ControllerFeed("p0 d0 d1")
     feed.lose(D0)
+    assert set(feed.controller.links) == {(P0, D1)}
     feed.give(LinkMeasured(P0, D0, "shm", 1e9, 1e-4))
     assert set(feed.controller.links) == {(P0, D1)}
     feed.give(LinkMeasured(P0, D1, "", 0.0, 0.0))

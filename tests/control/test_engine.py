@@ -241,7 +241,7 @@ def test_nobody_is_let_into_the_room_that_running_requests_need_to_grow() -> Non
     feed.give(Run(a_request(1, 8, max_tokens=1, first=50), 0))
     run_to_end(feed)  # leaves two cached blocks
     feed.give(Run(a_request(2, 5, max_tokens=8), 0))  # takes two, will need a third
-    feed.give(Run(a_request(3, 9, max_tokens=2, first=50), 0))  # finds two, needs a third
+    feed.give(Run(a_request(3, 9, max_tokens=8, first=50), 0))  # finds two, needs a third
     events: list[tuple[str, int]] = []
     while feed.step is not None:
         for event in reports(feed.finish_step()):

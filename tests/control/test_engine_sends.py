@@ -72,12 +72,16 @@ def test_chunks_send_whole_blocks_and_the_last_one_the_rest() -> None:
     feed = EngineFeed(P0, step_tokens=8)
     prefill(feed, 14, first_block=1)
     seen: list[tuple[int, int]] = []
+    copied: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     while feed.step is not None:
-        for frame in frames(feed.give(LayersReady(feed.step.step, 0, 4))):
-            assert isinstance(frame, KvData)
-            seen.append((frame.block_lo, frame.block_hi))
+        for command in feed.give(LayersReady(feed.step.step, 0, 4)):
+            assert isinstance(command, SendFrame)
+            assert isinstance(command.frame, KvData)
+            seen.append((command.frame.block_lo, command.frame.block_hi))
+            copied.append((command.source_blocks, command.target_blocks))
         feed.finish_step()
     assert seen == [(1, 2), (2, 4)]
+    assert copied == [((1,), (30,)), ((2, 3), (31, 32))]  # our blocks 0 to 3; theirs begin at the request's second
 
 
 def test_a_receiver_that_has_more_than_this_worker_gets_only_the_rest() -> None:

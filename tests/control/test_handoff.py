@@ -68,6 +68,13 @@ def test_all_cells_without_the_last_word_are_not_enough() -> None:
     assert not receiver.verified
 
 
+def test_a_sender_that_leaves_cells_out_is_found_though_it_counts_right() -> None:
+    receiver = make_receiver()
+    take_all(receiver, FRAMES[:2])
+    receiver.take_done(msgspec.structs.replace(DONE, num_frames=2), 1.0)
+    assert not receiver.verified
+
+
 def test_a_wrong_count_of_frames_leaves_the_transfer_unverified() -> None:
     receiver = make_receiver()
     take_all(receiver, FRAMES)

@@ -6,16 +6,22 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from tests.schedules import judge, play
+from tests.schedules import judge, judge_calm, play, play_calm
 from tests.world import World
 from transload.control.messages import Frame, KvData, KvDone, KvReady, WorkerId
 
 SCHEDULES = 400
+CALM_SCHEDULES = 60
 
 
 @pytest.mark.parametrize("seed", range(SCHEDULES))
 def test_every_request_ends_once_and_nothing_is_left_behind(seed: int) -> None:
     judge(play(seed))
+
+
+@pytest.mark.parametrize("seed", range(CALM_SCHEDULES))
+def test_without_faults_every_request_has_its_text_at_the_first_attempt(seed: int) -> None:
+    judge_calm(play_calm(seed))
 
 
 def test_a_changed_byte_never_reaches_a_running_request() -> None:

@@ -98,6 +98,7 @@ class VirtualRuntime:
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
         self._timers: dict[tuple[WorkerId, str], int] = {}
+        self._last_arrival: dict[tuple[WorkerId, WorkerId], float] = {}
         self._incarnations: dict[WorkerId, int] = defaultdict(int)
         for worker in self._specs:
             self._at(0.0, lambda worker=worker: self._start_worker(worker))  # type: ignore[misc]
@@ -187,7 +188,7 @@ class VirtualRuntime:
         match command:
             case ToWorker(worker, event):
                 incarnation = self._incarnations[worker]
-                self._after(self._cost.message_seconds(), lambda: self._tell_worker(worker, incarnation, event))
+                self._send_message(CONTROLLER, worker, lambda: self._tell_worker(worker, incarnation, event))
             case Stream():
                 self._sink.stream(command, self.now)
             case Finish():
@@ -207,7 +208,7 @@ class VirtualRuntime:
             case RunStep():
                 self._run_step(worker, command)
             case ToController(event):
-                self._after(self._cost.message_seconds(), lambda: self._from_worker(name, incarnation, event))
+                self._send_message(name, CONTROLLER, lambda: self._from_worker(name, incarnation, event))
             case SendFrame(peer):
                 link = worker.links.get(peer)
                 if link is not None and link.is_open:  # else it has ended, and PeerLost has said so or will
@@ -224,6 +225,12 @@ class VirtualRuntime:
                 self._set_timer(name, key, after_seconds, lambda: self._tell_worker(name, incarnation, fire))
             case CancelTimer(key):
                 self._timers.pop((name, key), None)
+
+    def _send_message(self, source: WorkerId, target: WorkerId, arrive: Callable[[], None]) -> None:
+        """A socket keeps the order: a message that takes less time than the one before it arrives right behind it."""
+        at_seconds = max(self.now + self._cost.message_seconds(), self._last_arrival.get((source, target), 0.0))
+        self._last_arrival[source, target] = at_seconds
+        self._at(at_seconds, arrive)
 
     def _from_worker(self, worker: WorkerId, incarnation: int, event: ControllerEvent) -> None:
         """What a worker said before it died is lost with its socket, unless it has arrived."""
@@ -412,7 +419,7 @@ class VirtualRuntime:
                 self._tell_link(peer, PeerLost(name), None)
         if not worker.is_declared_gone:
             gone = WorkerGone(name, worker.incarnation, "killed")
-            self._after(self._cost.message_seconds(), lambda: self._tell_controller(gone))
+            self._send_message(name, CONTROLLER, lambda: self._tell_controller(gone))
 
     def _break_link(self, source: WorkerId, target: WorkerId, link: Link, *, source_died: bool) -> None:
         """What is on the wire is lost; a one-sided write has been torn in the middle."""
