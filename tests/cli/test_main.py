@@ -27,6 +27,9 @@ FROZEN = {
     "explain": f"--json --yaml {DEPLOYMENT}",
     "doctor": "--host --json --port",
     "worker": "--join --name",
+    "chips": "--assume --json NAME",
+    "models": "--batch --context --json --kv --skew --weights NAME",
+    "links": "--assume --json NAME",
 }
 """Every subcommand and flag. Scripts out there use them: taking one away or renaming it breaks somebody."""
 LIGHT = {"torch", "numpy", "yaml", "rich", "starlette", "uvicorn", "httpx", "tokenizers", "asyncio", "msgspec"}

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from transload import __version__
-from transload.cli import bench, chat, doctor, explain, serve, worker
+from transload.cli import bench, chat, chips, doctor, explain, links, models, serve, worker
 from transload.errors import TransloadError
 
-COMMANDS = (serve, chat, bench, explain, doctor, worker)
+COMMANDS = (serve, chat, bench, explain, doctor, worker, chips, models, links)
 EXAMPLES = """\
 examples:
   transload serve                                one prefill and one decode worker on this machine
@@ -27,6 +27,8 @@ examples:
   transload chat                                 talk to it
   transload explain deployments/2p1d.yaml        what would run where, and whether it fits
   transload doctor                               what this machine can do
+  transload chips b200                           what is known of a chip, and where it is from
+  transload models deepseek-v3 --batch 64        parameters, bytes and FLOPs of a model
 """
 
 

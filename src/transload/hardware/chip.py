@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import msgspec
-
 from transload.errors import DeploymentError
 from transload.hardware.quantity import Figure, Quantity, Text
 from transload.hardware.slots import Described, Slots
@@ -167,8 +165,3 @@ def ridge_points(chip: Chip) -> dict[Format, float]:
         return {}
     known = [number_format for number_format in FORMATS if chip.get(f"dense_flops.{number_format}") is not None]
     return {number_format: chip.ridge_point(number_format) for number_format in known}
-
-
-def to_json(described: Described) -> bytes:
-    """The whole record for programs, numbers in base units."""
-    return msgspec.json.format(msgspec.json.encode(described), indent=2)

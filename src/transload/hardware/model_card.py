@@ -5,6 +5,7 @@ Owns dimensions and provenance. What follows from them (parameters, bytes, FLOPs
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import msgspec
@@ -92,6 +93,12 @@ class Published(Slots, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @classmethod
     def slot_units(cls) -> dict[str, str]:
         return {"total": "parameters", "active": "parameters"}
+
+    def quantities_by_name(self) -> Iterator[tuple[str, Quantity]]:
+        """Those that are known."""
+        for name, quantity in (("published total", self.total), ("published active", self.active)):
+            if quantity is not None:
+                yield name, quantity
 
 
 class ModelFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

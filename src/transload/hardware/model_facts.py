@@ -177,12 +177,18 @@ def prefill_flops(card: ModelCard, num_tokens: int, cached_tokens: int = 0) -> i
     """FLOPs to prefill `num_tokens` after `cached_tokens`, with the logits of the last position.
 
     linear * n + pairs * per pair; causal, so token i of the chunk attends to cached + i tokens, or to its window.
+    MLA expands the latents of the cached tokens once more for every chunk, to attend un-absorbed.
     """
     window = card.sliding_window
     full = _causal_pairs(num_tokens, cached_tokens, None)
     slid = _causal_pairs(num_tokens, cached_tokens, window)
     pairs = (card.num_layers - card.num_sliding_layers) * full + card.num_sliding_layers * slid
-    return num_tokens * linear_flops_per_token(card) + pairs * attention_flops_per_pair(card) + head_flops(card)
+    flops = num_tokens * linear_flops_per_token(card) + pairs * attention_flops_per_pair(card) + head_flops(card)
+    if isinstance(card.attention, Mla):
+        mla = card.attention
+        expansion = 2 * mla.kv_rank * mla.num_heads * (mla.nope_head_dim + mla.value_head_dim)
+        flops += card.num_layers * cached_tokens * expansion
+    return flops
 
 
 def decode_flops(card: ModelCard, context_tokens: int) -> int:

@@ -6,7 +6,7 @@ A slot is a field that may hold a number. A slot that is empty is unknown, and a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import msgspec
 
@@ -119,6 +119,9 @@ class Described(Slots, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return changed
 
 
+Thing = TypeVar("Thing", bound=Described)
+
+
 def parse_assumption(text: str) -> Assumption:
     """`rubin_cpx.dense_flops.fp4=20 PFLOP/s`. Raises `DeploymentError`."""
     target, equals, amount = text.partition("=")
@@ -134,6 +137,24 @@ def parse_assumption(text: str) -> Assumption:
     if value < 0:
         raise DeploymentError(f"--assume {text}: wanted a number that is not below 0")
     return Assumption(subject=subject, quantity=quantity, value=value, unit=unit)
+
+
+def with_assumptions(described: Iterable[Thing], texts: Iterable[str]) -> list[Thing]:
+    """Chips or links with the numbers of `--assume` in place.
+
+    Raises `DeploymentError` for text that is no assumption and for one about something that is not among them: it
+    would change nothing.
+    """
+    assumptions = [parse_assumption(text) for text in texts]
+    things = list(described)
+    known = [name for thing in things for name in (thing.id, *thing.aliases)]
+    for assumption in assumptions:
+        if assumption.subject not in known:
+            raise DeploymentError(
+                f"--assume {assumption}: nothing here is called {assumption.subject}"
+                f"{did_you_mean(assumption.subject, known)}"
+            )
+    return [thing.assuming(assumptions) for thing in things]
 
 
 def _walk(part: Slots, prefix: str) -> Iterator[tuple[str, Quantity | None, str]]:
