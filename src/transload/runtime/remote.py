@@ -34,6 +34,8 @@ from transload.runtime.wire import (
 
 SILENCE_SECONDS = 10.0
 """A worker that says nothing for this long is killed: it is stopped, or the machine is."""
+STARTING_SILENCE_SECONDS = 60.0
+"""The same before it is ready, when it may be busy loading."""
 STOP_SECONDS = 3.0
 """How long a worker may take to leave before it is killed."""
 
@@ -166,7 +168,9 @@ class RemoteWorker:
         while not self._gone:
             await asyncio.sleep(1.0)
             silent = time.monotonic() - self._heard_at
-            if self.ready is not None and silent > SILENCE_SECONDS:
+            limit = SILENCE_SECONDS if self.ready is not None else STARTING_SILENCE_SECONDS
+            expected = self._wire is not None or self.plan.starts_here  # somebody may start it any time
+            if expected and silent > limit:
                 self._lost(f"silent for {silent:.0f} s")
 
     async def stop(self) -> None:

@@ -20,6 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Coroutine
+from typing import Any
 
 from transload.control.engine import Engine, EngineConfig
 from transload.control.messages import (
@@ -161,6 +162,13 @@ class WorkerProcess:
     def stop(self, reason: str) -> None:
         """End for a reason of this process's own."""
         self._end(reason)
+
+    def crash(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """A bug of our own: better no worker than a wrong one. Its requests go to others, and it is started anew."""
+        error = context.get("exception")
+        if error is not None:
+            traceback.print_exception(error)
+        self._end(f"crashed: {context['message']} {error!r}")
 
     def _end(self, reason: str) -> None:
         if not self._closed.done():
@@ -371,6 +379,7 @@ def main(join: str, name: str) -> int:
     async def work() -> str:
         worker = WorkerProcess(join, name, token, build_executor)
         loop = asyncio.get_running_loop()
+        loop.set_exception_handler(worker.crash)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, worker.stop, f"received {signal.Signals(number).name}")
         return await worker.run()

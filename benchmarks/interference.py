@@ -1,0 +1,182 @@
+"""What prompts do to running streams: the inter-token latency of decodes while 2,048-token prompts arrive.
+
+    python benchmarks/interference.py [--streams 4] [--prompts 6] [--only 1p1d] > benchmarks/results/interference.json
+
+Each deployment has the same two cores. First the streams run alone, which is the baseline of the same run; then long
+prompts arrive one by one. `worst_gap_ratio` is the worst gap between two tokens of any stream while prompts arrive,
+over the median gap when none did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from transload.study.answers import StreamedAnswer
+from transload.study.http_client import HttpClient, parse_url
+from transload.study.provenance import machine_facts, versions
+
+SETUPS: dict[str, tuple[str, ...]] = {
+    "aggregated, 2 threads, chunks of 512": ("--topology", "1agg", "--set", "pools.aggregated.threads=2"),
+    "aggregated, 2 threads, chunks of 64": (
+        *("--topology", "1agg", "--set", "pools.aggregated.threads=2"),
+        *("--set", "pools.aggregated.limits.step_tokens=64"),
+    ),
+    "aggregated, 2 threads, not chunked": (
+        *("--topology", "1agg", "--set", "pools.aggregated.threads=2"),
+        *("--set", "pools.aggregated.limits.step_tokens=4096"),
+    ),
+    "2 aggregated workers, chunks of 512": ("--topology", "2agg"),
+    "1p1d": ("--topology", "1p1d", "--set", "router.local_prefill=fallback"),
+}
+PROMPT_TOKENS = 2048
+CONTEXT_TOKENS = 128
+START_SECONDS = 120.0
+
+
+class Server:
+    """`transload serve` in a process of its own."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self._output = Path(tempfile.mkdtemp()) / "serve.log"
+        command = [sys.executable, "-m", "transload", "serve", "--port", "0", *arguments]
+        with self._output.open("w") as output:
+            self._process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+
+    def url(self) -> str:
+        """Once it is ready."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            found = re.search(r"at (http://\S+)", self._output.read_text())
+            if found:
+                return found.group(1)
+            if self._process.poll() is not None:
+                break
+            time.sleep(0.1)
+        raise SystemExit(f"the server did not start:\n{self._output.read_text()}")
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(30)
+
+
+async def ask(client: HttpClient, num_input: int, num_output: int, seed: int, answer: StreamedAnswer) -> float:
+    """One streamed completion of random tokens; returns when it was sent."""
+    prompt = random.Random(seed).choices(range(1000, 20_000), k=num_input)
+    body = {"model": "default", "prompt": prompt, "max_tokens": num_output, "temperature": 0, "stream": True}
+    sent = asyncio.get_running_loop().time()
+    await client.exchange("POST", "/v1/completions", json.dumps({**body, "ignore_eos": True}).encode(), answer)
+    answer.finish()
+    if answer.error:
+        raise SystemExit(f"{answer.error}: {answer.error_detail}")
+    return sent
+
+
+async def measure(url: str, num_streams: int, num_prompts: int) -> dict[str, object]:
+    """Streams alone for a while, then with prompts arriving."""
+    client = HttpClient(parse_url(url))
+    loop = asyncio.get_running_loop()
+    await ask(client, PROMPT_TOKENS, 4, 1, StreamedAnswer())  # warm
+    answers = [StreamedAnswer() for _ in range(num_streams)]
+    streams = [
+        asyncio.create_task(ask(client, CONTEXT_TOKENS, 4000, 100 + number, answer))
+        for number, answer in enumerate(answers)
+    ]
+    await asyncio.sleep(2.0)
+    alone_from = loop.time()
+    await asyncio.sleep(5.0)
+    prompts_from = loop.time()
+    ttft = []
+    for number in range(num_prompts):
+        prompt = StreamedAnswer()
+        sent = await ask(client, PROMPT_TOKENS, 1, 200 + number, prompt)
+        ttft.append(prompt.token_seconds[0] - sent)
+        await asyncio.sleep(0.2)
+    prompts_to = loop.time()
+    if any(stream.done() for stream in streams):
+        raise SystemExit("a stream ended before the prompts did; give it more tokens")
+    for stream in streams:
+        stream.cancel()
+    await asyncio.gather(*streams, return_exceptions=True)
+    await client.close()
+    return summary([answer.token_seconds for answer in answers], alone_from, prompts_from, prompts_to, ttft)
+
+
+def summary(
+    times: Sequence[Sequence[float]], alone_from: float, prompts_from: float, prompts_to: float, ttft: Sequence[float]
+) -> dict[str, object]:
+    alone: list[float] = []
+    disturbed: list[float] = []
+    for stream in times:
+        for before, after in pairwise(stream):
+            if alone_from <= before and after <= prompts_from:
+                alone.append(after - before)
+            elif prompts_from <= before and after <= prompts_to:
+                disturbed.append(after - before)
+    normal = float(np.median(alone))
+    return {
+        "alone_itl_ms": milliseconds(alone),
+        "disturbed_itl_ms": milliseconds(disturbed),
+        "worst_gap_ratio": round(max(disturbed) / normal, 2),
+        "tpot_ratio": round(float(np.mean(disturbed)) / float(np.mean(alone)), 2),
+        "prompt_ttft_seconds": {"median": round(float(np.median(ttft)), 3), "max": round(max(ttft), 3)},
+    }
+
+
+def milliseconds(gaps: Sequence[float]) -> dict[str, float]:
+    values = np.asarray(gaps) * 1000
+    named = {"p50": 50, "p95": 95, "p99": 99, "max": 100}
+    found = {name: round(float(np.percentile(values, share)), 2) for name, share in named.items()}
+    return {**found, "mean": round(float(values.mean()), 2), "n": len(gaps)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=6)
+    parser.add_argument("--only", help="setups whose name contains this")
+    args = parser.parse_args()
+    results = {}
+    for name, arguments in SETUPS.items():
+        if args.only and args.only not in name:
+            continue
+        server = Server(arguments)
+        try:
+            results[name] = asyncio.run(measure(server.url(), args.streams, args.prompts))
+        finally:
+            server.stop()
+        print(f"{name}: {json.dumps(results[name])}", file=sys.stderr)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    print(
+        json.dumps(
+            {
+                "benchmark": "interference",
+                "command": " ".join(sys.argv),
+                "commit": commit.stdout.strip(),
+                "machine": msgspec.to_builtins(machine_facts()),
+                "versions": versions(),
+                "streams": args.streams,
+                "prompts": args.prompts,
+                "prompt_tokens": PROMPT_TOKENS,
+                "results": results,
+            },
+            indent=1,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
