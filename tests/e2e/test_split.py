@@ -17,7 +17,7 @@ QUESTION: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[LiveServer]:
-    with leaves_no_files(), LiveServer() as server:
+    with leaves_no_files(), LiveServer("--set", "router.local_prefill=fallback") as server:
         yield server
 
 
