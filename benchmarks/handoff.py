@@ -340,6 +340,7 @@ def surroundings() -> dict[str, object]:
                 processor = line.partition(":")[2].strip()
     return {
         "commit": commit.stdout.strip(),
+        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
         "machine": {"processor": processor, "num_cores": os.cpu_count(), "system": platform.platform()},
         "versions": {
             "python": platform.python_version(),

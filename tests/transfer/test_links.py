@@ -346,7 +346,9 @@ def test_closing_in_the_middle_of_transfers_ends_everything(transport: Transport
             sender.links.connect(receiver.name, receiver.links.address)
 
 
-def test_a_peer_is_not_lost_while_a_copy_for_it_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def slow_copy(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Copies that say when they have begun and wait until they may go on."""
     copying, go_on = threading.Event(), threading.Event()
     copy = CellMover.copy
 
@@ -356,6 +358,13 @@ def test_a_peer_is_not_lost_while_a_copy_for_it_is_under_way(monkeypatch: pytest
         return copy(self, source, rows, target, target_rows)
 
     monkeypatch.setattr(CellMover, "copy", slowly)
+    return copying, go_on
+
+
+def test_a_peer_is_not_lost_while_a_copy_for_it_is_under_way(
+    slow_copy: tuple[threading.Event, threading.Event],
+) -> None:
+    copying, go_on = slow_copy
     with Worker("a") as sender, Worker("b") as receiver:
         link_up(sender, receiver, "shm")
         handoff = Handoff(sender, receiver)
@@ -370,6 +379,23 @@ def test_a_peer_is_not_lost_while_a_copy_for_it_is_under_way(monkeypatch: pytest
         assert sender.next() == SendsDrained(handoff.transfer, handoff.epoch)
         assert sender.next() == PeerLost(receiver.name)
         assert receiver.next() == PeerLost(sender.name)
+
+
+def test_closing_lets_the_copy_under_way_come_to_its_end_before_the_peer_hears_of_it(
+    slow_copy: tuple[threading.Event, threading.Event],
+) -> None:
+    copying, go_on = slow_copy
+    with Worker("a") as sender, Worker("b") as receiver:
+        link_up(sender, receiver, "shm")
+        sender.links.send(Handoff(sender, receiver).whole())
+        assert copying.wait(WAIT_SECONDS)
+        closing = threading.Thread(target=sender.links.close, args=(0.05,))
+        closing.start()
+        time.sleep(0.3)
+        assert receiver.events.empty()
+        go_on.set()
+        closing.join()
+        assert receiver.wait_for(PeerLost) == PeerLost(sender.name)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -188,6 +188,7 @@ class Link:
         """This process gives its memory up: do not wait for the peer, and do not claim that it has let go."""
         self._abandoned = True
         self.fail(None)
+        self._sender.join()  # one copy long: the peer relies on us as we on it
         self._shutdown(socket.SHUT_RDWR)
 
     def join(self) -> None:
