@@ -241,7 +241,6 @@ class Link:
                     case None:
                         break
                     case CancelSends():
-                        self._writer.flush()  # else the frames it announces would still be under way
                         self._deliver(SendsDrained(item.transfer, item.epoch))
                     case SendFrame():
                         self._send(item)
