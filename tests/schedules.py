@@ -49,7 +49,7 @@ class UnevenCost:
 
     def __init__(self, random: Random) -> None:
         self.random = random
-        self.step_floor_seconds = random.choice((0.008, 0.008, 0.1))
+        self.step_floor_seconds = random.choice((0.008, 0.008, 0.1, 0.4))
         self.link_bytes_per_second = random.choice((5e9, 1e6, 2e5))
         self.longest_message_seconds = random.choice((1e-4, 0.01, 0.1))
 
@@ -108,8 +108,9 @@ def load(world: World, random: Random) -> None:
         prompt = [random.randint(0, 3), *range(random.randint(0, 40))]
         max_tokens = random.randint(1, 20)
         stops_at = random.randrange(max_tokens) if random.random() < 0.3 else None
+        at_seconds = 1 + random.random() * window
         request = world.ask(
-            1 + random.random() * window,
+            at_seconds,
             prompt,
             max_tokens,
             random.choice((3.0, PATIENCE)),
@@ -117,7 +118,7 @@ def load(world: World, random: Random) -> None:
             min_tokens=random.choice((0, 0, 5)),
         )
         if random.random() < 0.2:
-            world.runtime.cancel(1 + random.random() * (window + 0.5), request)
+            world.runtime.cancel(at_seconds + random.random() * random.choice((0.1, 0.5, 2.0)), request)
 
 
 def disturb(world: World, workers: list[WorkerId], random: Random) -> None:
