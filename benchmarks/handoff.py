@@ -106,7 +106,8 @@ def main() -> None:
                     f"{figure.share_of_in_process:6.2f}",
                     flush=True,
                 )
-    report = {"command": sys.argv, **surroundings(), "figures": msgspec.to_builtins(figures)}
+    given = {name: value for name, value in vars(options).items() if name != "out"}
+    report = {"benchmark": "handoff", "options": given, **surroundings(), "figures": msgspec.to_builtins(figures)}
     if options.out is not None:
         options.out.write_text(json.dumps(report, indent=1) + "\n")
 
