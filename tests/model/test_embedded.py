@@ -145,13 +145,13 @@ def test_pip_that_takes_too_long_is_ended(index: Path, tmp_path: Path, monkeypat
 def test_many_at_once_fetch_once(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_wheel(index)
     runs: list[int] = []
-    run = embedded._run
+    download = embedded._download  # which may run pip twice: old ones do not know every option
 
-    def counted(*arguments: object) -> tuple[int, str]:
+    def counted(*arguments: object) -> Path:
         runs.append(1)
-        return run(*arguments)  # type: ignore[arg-type]
+        return download(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(embedded, "_run", counted)
+    monkeypatch.setattr(embedded, "_download", counted)
     found: list[Path] = []
     threads = [threading.Thread(target=lambda: found.append(fetch(MODEL))) for _ in range(4)]
     for thread in threads:
