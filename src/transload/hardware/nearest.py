@@ -8,5 +8,6 @@ from collections.abc import Iterable
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean "x"?` if a known word is close, else nothing."""
-    close = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.55)
-    return f'; did you mean "{close[0]}"?' if close else ""
+    spelt = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), spelt, n=1, cutoff=0.55)
+    return f'; did you mean "{spelt[close[0]]}"?' if close else ""

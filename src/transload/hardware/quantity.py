@@ -72,9 +72,8 @@ def parse_amount(text: str) -> tuple[float, str | None]:
     match = _AMOUNT.fullmatch(text)
     if match is None:
         raise ValueError(f'"{text}" is not a number with a unit, such as "20 PFLOP/s"')
-    if not match[2]:
-        return float(match[1]), None
-    return in_base_unit(float(match[1]), match[2])
+    value, base = in_base_unit(float(match[1]), match[2] or "count")
+    return value, base if match[2] else None
 
 
 def format_amount(value: float, unit: str) -> str:
