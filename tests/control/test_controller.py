@@ -494,7 +494,13 @@ def test_the_stages_of_a_split_request_follow_one_another() -> None:
     ]
     assert (tracked.arrived_at, tracked.first_token_at, tracked.ended_at) == (0.0, 3.0, 6.0)
     assert tracked.stages[1].detail == {"cached_tokens_here": 4}
-    assert tracked.stages[4].detail == {"bytes": 100, "frames": 2, "wire_seconds": 0.1}
+    assert tracked.stages[4].detail == {
+        "bytes": 100,
+        "frames": 2,
+        "wire_seconds": 0.1,
+        "hidden_seconds": 0.0,
+        "waiting_seconds": 0.9,
+    }
 
 
 def test_a_decode_that_starts_before_the_first_token_is_heard_is_no_prefill() -> None:

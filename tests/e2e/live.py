@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +33,9 @@ class LiveServer:
         command = [sys.executable, "-m", "transload", "serve", "--port", "0", *arguments]
         if event_log is not None:
             command += ["--event-log", str(event_log)]
-        self._output = Path(tempfile.mkdtemp(prefix="transload-test-")) / "output.log"
+        folder = tempfile.mkdtemp(prefix="transload-test-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        self._output = Path(folder) / "output.log"
         with self._output.open("w") as output:
             self.process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True

@@ -246,6 +246,9 @@ class Controller:
             "wire_seconds": verified.wire_seconds,
         }
         if tracked.phase == "transferring":
+            exposed = now - tracked.stages[-1].start
+            detail["hidden_seconds"] = max(0.0, verified.wire_seconds - exposed)  # behind the prefill
+            detail["waiting_seconds"] = max(0.0, exposed - verified.wire_seconds)  # not on the wire
             tracked.stages[-1].detail.update(detail)
             tracked.enter("decoding")
             tracked.begin_stage("decode queue", tracked.decode, now)
