@@ -1,6 +1,8 @@
 # Shorthand for the scripts; they need no make.
-.PHONY: serve test
+.PHONY: serve test torture
 serve:
 	scripts/serve
 test:
 	scripts/test
+torture:
+	.venv-dev/bin/python scripts/torture.py
