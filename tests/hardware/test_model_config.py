@@ -185,6 +185,7 @@ def test_the_language_model_inside_a_multimodal_config_is_taken() -> None:
         ({"num_key_value_heads": 3}, "4 attention heads cannot share 3 key/value heads evenly"),
         ({"num_attention_heads": 128, "num_key_value_heads": 8}, "hidden_size 64 is smaller than 128 attention heads"),
         ({"is_encoder_decoder": True}, "only decoders can be counted"),
+        ({"model_type": "falcon"}, "models of type falcon cannot be counted yet"),
         ({"mamba_d_state": 16}, "mamba_d_state means state-space layers"),
         ({"layer_types": ["linear_attention"] * 4}, "layer_types has linear_attention"),
         ({"sliding_window": 8, "layer_types": ["full_attention"]}, "layer_types has 1 entries for 4 layers"),

@@ -16,7 +16,8 @@ from transload.hardware.model_card import Attention, Experts, Extras, Gqa, Mla, 
 
 KNOWN = {
     "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3",
-    "kimi_k2", "gpt_oss", "opt", "step3_text", "glm4_moe", "olmo2", "phi3", "granite",
+    "kimi_k2", "gpt_oss", "opt", "gpt2", "gpt_neox", "phi", "starcoder2", "step3_text", "glm4_moe", "phi3", "granite",
+    "granitemoe", "gemma2", "gemma3_text", "ernie4_5",
 }  # fmt: skip
 """Families whose small weights and defaults are known; their parameters are counted to the unit or nearly so."""
 REFUSED_KEYS = {
@@ -29,6 +30,10 @@ REFUSED_KEYS = {
     "hybrid_override_pattern": "state-space layers",
     "intermediate_size_mlp": "layers with two feed-forward widths",
 }
+REFUSED_FAMILIES = {"bloom", "codegen", "dbrx", "falcon", "gpt_bigcode", "gptj", "longcat_flash", "mpt", "nemotron"}
+"""Laid out otherwise than their keys suggest: counting them would be wrong by tens of percent."""
+BIASED = {"opt", "gpt2", "gpt_neox", "phi", "starcoder2"}
+"""Two matrices in the feed-forward, and biases everywhere."""
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -38,7 +43,7 @@ def read_config(
     """The card of the model a config describes; `where` begins every complaint. Raises `DeploymentError`."""
     keys, remarks = _text_part(Keys(dict(config), where))
     family = str(keys.values.get("model_type") or "unstated")
-    _refuse_what_cannot_be_counted(keys)
+    _refuse_what_cannot_be_counted(keys, family)
     if family not in KNOWN:
         remarks.append(
             f"model_type {family} is not known here: counted by its keys as a decoder of attention and feed-forward"
@@ -60,13 +65,13 @@ def read_config(
         hidden_size=hidden,
         num_layers=num_layers,
         ffn_size=None if all(expert_layers) and expert_layers else _ffn_size(keys, hidden),
-        gated_ffn=family not in ("opt", "gpt2", "phi", "gpt_neox"),
+        gated_ffn=family not in BIASED,
         attention=_attention(keys, family, hidden),
         experts=experts,
         expert_layers=expert_layers,
         sliding_window=window,
         sliding_layers=sliding_layers,
-        tied_embeddings=keys.flag("tie_word_embeddings", family in ("opt", "gpt2") or family.startswith("gemma")),
+        tied_embeddings=keys.flag("tie_word_embeddings", _tied_unless_said(family)),
         max_context=keys.optional_size("max_position_embeddings", "n_positions", "max_seq_len"),
         extras=_extras(keys, family),
         precision=precision,
@@ -85,7 +90,9 @@ def _text_part(keys: Keys) -> tuple[Keys, list[str]]:
     return keys, []
 
 
-def _refuse_what_cannot_be_counted(keys: Keys) -> None:
+def _refuse_what_cannot_be_counted(keys: Keys, family: str) -> None:
+    if family in REFUSED_FAMILIES:
+        raise DeploymentError(f"{keys.where}: models of type {family} cannot be counted yet")
     if keys.flag("is_encoder_decoder", False):
         raise DeploymentError(f"{keys.where}: is_encoder_decoder is true; only decoders can be counted")
     for key, what in REFUSED_KEYS.items():
@@ -198,19 +205,29 @@ def _sliding(keys: Keys, family: str, num_layers: int) -> tuple[int | None, tupl
     return (window, slides) if any(slides) else (None, ())
 
 
+def _tied_unless_said(family: str) -> bool:
+    return family in ("opt", "gpt2", "starcoder2") or family.startswith("gemma")
+
+
 def _extras(keys: Keys, family: str) -> Extras:
-    attention_bias = keys.flag("attention_bias", family in ("gpt_oss", "opt"))
-    opt = family == "opt"
+    biased = family in BIASED
     gpt_oss = family == "gpt_oss"
+    attention_bias = biased or keys.flag("attention_bias", gpt_oss)
     return Extras(
         qkv_bias=attention_bias or family in ("qwen2", "qwen2_moe"),
         output_bias=attention_bias and family != "glm4_moe",
-        ffn_bias=opt or gpt_oss or keys.flag("mlp_bias", False),
-        qk_norm=family in ("qwen3", "qwen3_moe", "gemma3_text", "olmo2") or keys.flag("use_qk_norm", False),
-        norm_bias=opt,
-        norms_per_layer=4 if family in ("gemma2", "gemma3_text") else 2,
+        ffn_bias=biased or gpt_oss or keys.flag("mlp_bias", False),
+        qk_norm=family in ("qwen3", "qwen3_moe", "gemma3_text") or keys.flag("use_qk_norm", False),
+        norm_bias=biased,
+        norms_per_layer=4 if family in ("gemma2", "gemma3_text") else 1 if family == "phi" else 2,
         router_bias=gpt_oss or family in ("deepseek_v3", "kimi_k2", "glm4_moe"),
         attention_sinks=gpt_oss,
-        # OPT's table of positions begins with two rows that stand for none (OPTLearnedPositionalEmbedding).
-        learned_positions=keys.size("max_position_embeddings") + 2 if opt else 0,
+        learned_positions=_learned_positions(keys, family),
     )
+
+
+def _learned_positions(keys: Keys, family: str) -> int:
+    """Rows of the table of positions, where there is one. OPT's begins with two that stand for none."""
+    if family == "opt":
+        return keys.size("max_position_embeddings") + 2
+    return keys.size("n_positions", "max_position_embeddings") if family == "gpt2" else 0
