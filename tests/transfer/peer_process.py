@@ -75,8 +75,10 @@ class PeerProcess:
         return frames
 
     def stop(self) -> None:
-        """Freeze it."""
+        """Freeze it; returns when its last thread stands still."""
         self._signal(signal.SIGSTOP)
+        assert self._process.pid is not None
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WNOWAIT)
 
     def kill(self) -> None:
         """As if the machine's memory had run out."""
