@@ -61,13 +61,25 @@ class Router:
     ) -> Decision | None:
         """None: no worker has room now. `num_known` counts prompt and outputs so far; `links` holds the pairs of
         workers that can exchange KV; `avoid_handoff` after transfers of this request have failed."""
+        decision = self._decide(request, num_known, expected_outputs, views, links, avoid_handoff)
+        self._turn += decision is not None  # whoever waits is asked again and again, and takes no turn by that
+        return decision
+
+    def _decide(
+        self,
+        request: Request,
+        num_known: int,
+        expected_outputs: float,
+        views: Sequence[WorkerView],
+        links: Mapping[tuple[WorkerId, WorkerId], LinkRate],
+        avoid_handoff: bool,
+    ) -> Decision | None:
         prefill_pool = [view for view in views if view.role == "prefill"]
         decode_pool = self._able_to_decode(request, views)
         num_tokens = expected_tokens(request, num_known, expected_outputs)
         candidates = [view for view in decode_pool if view.has_room(num_tokens)]
         if not candidates:
             return None
-        self._turn += 1
         decode = self._pick_decode(request, num_known, expected_outputs, candidates)
         if decode.role != "decode":
             why = "aggregated" if decode.role == "aggregated" else "no decode worker can: runs on a prefill worker"
