@@ -70,6 +70,8 @@ from transload.transfer.link import LinkOptions
 from transload.transfer.links import LinkFailed, Links
 from transload.transfer.memory import KvMemory
 
+SLOW_LINK_SECONDS = 1e-3
+"""Latency of a link whose peer was too busy to answer."""
 SHUT_DOWN = "the front end has shut down"
 BuildExecutor = Callable[[WorkerPlan], "tuple[Executor, KvMemory]"]
 
@@ -122,7 +124,8 @@ class WorkerProcess:
         self._memory: KvMemory | None = None
         self._log: EventLog | None = None
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._measured: dict[WorkerId, float] = {}
+        self._link_bytes: dict[WorkerId, int] = {}  # sent when last reported
+        self._link_latency: dict[WorkerId, float] = {}
         self._background: set[asyncio.Task[None]] = set()
 
     async def run(self) -> str:
@@ -307,12 +310,21 @@ class WorkerProcess:
     def _link_changed(self, event: PeerUp | PeerLost) -> None:
         match event:
             case PeerUp(peer, one_sided):
-                self._measured[peer] = 0.0
-                transport, rate = ("shm", 8e9) if one_sided else ("tcp", 1e9)
-                self._wire.send(LinkState(peer, transport, rate, 2e-4))
+                self._link_bytes[peer] = 0
+                transport, rate = ("shm", 8e9) if one_sided else ("tcp", 1e9)  # until something has been sent
+                self._spawn(self._measure_link(peer, transport, rate))
             case PeerLost(peer):
-                self._measured.pop(peer, None)
+                self._link_bytes.pop(peer, None)
                 self._wire.send(LinkState(peer, "", 0.0, 0.0, "the link was lost"))
+
+    async def _measure_link(self, peer: WorkerId, transport: str, bytes_per_second: float) -> None:
+        """Say that the link is up, and how long a word takes over it."""
+        assert self._links is not None
+        measured = await asyncio.to_thread(self._links.measure, peer)
+        if peer in self._link_bytes:
+            latency_seconds = measured.latency_seconds if measured is not None else SLOW_LINK_SECONDS
+            self._link_latency[peer] = latency_seconds
+            self._wire.send(LinkState(peer, transport, bytes_per_second, latency_seconds))
 
     def _link_failed(self, failed: LinkFailed) -> None:
         """A link that did not come up, or broke: the front end shows it, and stops routing over it."""
@@ -324,9 +336,10 @@ class WorkerProcess:
         if self._links is None:
             return
         for stats in self._links.stats():
-            if stats.peer in self._measured and stats.sent.num_bytes != self._measured[stats.peer]:
-                self._measured[stats.peer] = stats.sent.num_bytes
-                self._wire.send(LinkState(stats.peer, stats.transport, stats.sent.bytes_per_second, 2e-4))
+            sent, peer = stats.sent, stats.peer
+            if peer in self._link_latency and sent.num_bytes != self._link_bytes.get(peer, sent.num_bytes):
+                self._link_bytes[peer] = sent.num_bytes
+                self._wire.send(LinkState(peer, stats.transport, sent.bytes_per_second, self._link_latency[peer]))
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
