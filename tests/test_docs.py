@@ -11,14 +11,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_deployment_reference_is_up_to_date() -> None:
-    location = ROOT / "scripts" / "make_deployment_docs.py"
-    module_spec = importlib.util.spec_from_file_location("make_deployment_docs", location)
+@pytest.mark.parametrize("name", ["deployment", "benchmark"])
+def test_a_page_made_from_code_or_results_is_up_to_date(name: str) -> None:
+    script = f"make_{name}_docs"
+    module_spec = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
     assert module_spec is not None
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "deployment.md").read_text() == module.page(), "run scripts/make_deployment_docs.py"
+    assert module.TARGET.read_text() == module.page(), f"run scripts/{script}.py"
 
 
 @pytest.mark.parametrize("name", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/api.md", "docs/log.md"])

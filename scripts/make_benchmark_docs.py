@@ -1,0 +1,126 @@
+"""Writes docs/benchmarks.md from benchmarks/results/*.json, so that no figure in it is typed. A test compares them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+TARGET = ROOT / "docs" / "benchmarks.md"
+HEAD = """# Benchmarks
+
+Made by `scripts/make_benchmark_docs.py` from `benchmarks/results/`; each result was printed by a committed script, with
+the machine, versions and commit it ran on. Every ratio is to a baseline of the same run. A machine of two virtual cores
+is noisy: treat differences under a fifth as equal.
+"""
+
+
+def table(columns: list[str], rows: list[list[object]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def origin(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    cores = machine.get("num_cores", machine.get("cores"))
+    name = machine.get("cpu", machine.get("processor"))
+    load = machine.get("load_average", result.get("load_average"))
+    if isinstance(load, list):
+        load = round(load[0], 2)
+    busy = f", load average {load}" if load is not None else ""
+    return f"\n{name}, {cores} cores{busy}; commit {result['commit'][:7]}.\n"
+
+
+def interference(result: dict[str, Any]) -> str:
+    rows: list[list[object]] = []
+    for name, figures in result["results"].items():
+        alone, disturbed = figures["alone_itl_ms"], figures["disturbed_itl_ms"]
+        rows.append(
+            [
+                name,
+                alone["p50"],
+                f"{disturbed['p50']} / {disturbed['p99']} / {disturbed['max']}",
+                f"{figures['worst_gap_ratio']}x",
+                figures["prompt_ttft_seconds"]["median"],
+            ]
+        )
+    text = (
+        "\n## Interference\n\nWhat running streams feel while prompts of "
+        f"{result['prompt_tokens']:,} tokens arrive one by one ({result['streams']} streams; all setups on the same "
+        "two cores). Inter-token latency in milliseconds; the worst gap over the median gap of the same streams "
+        "alone.\n\n"
+    )
+    columns = ["setup", "alone p50", "disturbed p50 / p99 / max", "worst gap", "prompt's TTFT, s"]
+    return text + table(columns, rows) + origin(result)
+
+
+def handoff(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{figure['cell_bytes'] // 1024} KiB",
+            round(figure["num_bytes"] / 1e6),
+            figure["transport"],
+            f"{figure['median']:.2f}",
+            f"{figure['in_process']:.2f}",
+            f"{figure['share_of_in_process']:.0%}",
+        ]
+        for figure in result["figures"]
+    ]
+    text = (
+        "\n## Handoff\n\nKV cells of random blocks from one worker process to another on one host, checksums on both "
+        "sides included, against a plain numpy copy of the same cells inside one process in the same run. GB are 10^9 "
+        "bytes; medians.\n\n"
+    )
+    return text + table(["cell", "MB", "over", "GB/s", "copy in process, GB/s", "share"], rows) + origin(result)
+
+
+def front_end(result: dict[str, Any]) -> str:
+    rows = [[name, value["median"], value["min"], value["max"]] for name, value in result["microseconds"].items()]
+    text = (
+        "\n## Front end\n\nCPU microseconds of the server process, with a backend that answers at once; a token is one "
+        f"event of one of {result['streams']} streams.\n\n"
+    )
+    return text + table(["what", "median", "min", "max"], rows) + origin(result)
+
+
+def engine(result: dict[str, Any]) -> str:
+    text = f"\n## Engine\n\n{result['what']}\n\n"
+    return text + table(result["columns"], result["rows"]) + origin(result)
+
+
+def torture(result: dict[str, Any]) -> str:
+    rows: list[list[object]] = [[name, f"{value:,}"] for name, value in result["counts"].items()]
+    text = (
+        f"\n## Faults (simulated)\n\n`make torture`, seeds {result['seeds']}: {result['what']}. "
+        f"Failed: {result['failed']}. After every event: no block in two states or with two writers, no KV read that "
+        "is not the request's own, every request in one phase; at the end every request has ended once and nothing "
+        "is held.\n\n"
+    )
+    return text + table(["what", "count"], rows) + origin(result)
+
+
+SECTIONS = {
+    "engine.json": engine,
+    "interference.json": interference,
+    "handoff.json": handoff,
+    "front_end.json": front_end,
+    "torture.json": torture,
+}
+
+
+def page() -> str:
+    """The whole page: a section for each result that is there."""
+    parts = [HEAD]
+    for name, section in SECTIONS.items():
+        path = RESULTS / name
+        if path.exists():
+            parts.append(section(json.loads(path.read_text())))
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    TARGET.write_text(page())
+    sys.stdout.write(f"wrote {TARGET}\n")
