@@ -107,6 +107,11 @@ class EngineFeed:
         return self.give(PeerFrame(peer, frame, arrived_checksum))
 
     @property
+    def arrived(self) -> tuple[int, ...]:
+        """Blocks that the step under way is told to take in."""
+        return () if self.step is None else self.step.arrived
+
+    @property
     def chunks(self) -> list[tuple[int, int, int, bool]]:
         """(request, start, num_tokens, samples) of the step under way."""
         step = self.step

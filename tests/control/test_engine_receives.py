@@ -302,6 +302,21 @@ def test_a_step_that_fails_after_a_handoff_is_no_failure_of_the_handoff() -> Non
     assert reports(feed.give(StepFailed(number, "bug"))) == [RequestFailed(D0, ONE, 0, "bug")]
 
 
+def test_blocks_that_came_are_named_to_the_next_step_until_one_succeeds() -> None:
+    feed = EngineFeed(D0)
+    grant = reserve(feed)
+    receive(feed, grant)
+    assert feed.arrived == grant.blocks
+    assert feed.step is not None
+    number, feed.step = feed.step.step, None
+    feed.give(StepFailed(number, "bug"))  # the executor may not have fetched them, and the cache still has them
+    feed.give(Run(a_request(2, 6, max_tokens=2, first=100), 0))
+    assert feed.chunks == [(2, 4, 2, True)]
+    assert feed.arrived == grant.blocks
+    feed.finish_step()
+    assert feed.arrived == ()
+
+
 def test_a_request_that_was_handed_over_may_be_preempted_and_computes_itself_anew() -> None:
     feed = EngineFeed(D0, num_blocks=6)
     feed.give(Run(a_request(2, 8, max_tokens=12), 0))

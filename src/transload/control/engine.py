@@ -93,7 +93,8 @@ class Engine:
         self._num_arrivals = 0
         self._step = 0
         self._chunks: tuple[tuple[Work, Chunk], ...] = ()  # of the step under way
-        self._arrived: list[int] = []  # blocks filled by other workers since the last step
+        self._arrived: list[int] = []  # blocks filled by other workers that no step has taken in yet
+        self._num_taken_in = 0  # of them, by the step under way
         self._cache_sequence = 0
         self._last_load: Load | None = None
 
@@ -233,8 +234,8 @@ class Engine:
         if planned:
             self._step += 1
             self._chunks = tuple((work, self._chunk(work, num_tokens)) for work, num_tokens in planned)
-            arrived, self._arrived = tuple(self._arrived), []
-            self._out.append(RunStep(self._step, tuple(chunk for _, chunk in self._chunks), arrived))
+            self._out.append(RunStep(self._step, tuple(chunk for _, chunk in self._chunks), tuple(self._arrived)))
+            self._num_taken_in = len(self._arrived)
 
     def _chunk(self, work: Work, num_tokens: int) -> Chunk:
         work.in_step = True
@@ -292,6 +293,7 @@ class Engine:
     def _step_done(self, done: StepDone) -> None:
         assert done.step == self._step, f"step {done.step} returned while step {self._step} runs"
         chunks, self._chunks = self._chunks, ()
+        del self._arrived[: self._num_taken_in]  # not if it fails: then others may still find them by their keys
         sampled = {item.request: item for item in done.sampled}
         tokens: list[Token] = []
         num_decode = 0
