@@ -9,6 +9,8 @@ copy cells from worker to worker, torn and changed frames leave rubbish. Asserts
 - cells change at the source while they are being sent,
 - bytes land in blocks of another transfer, or in blocks that have been given away,
 - a block that can be found by a prefix key does not hold that prefix.
+
+A `staged` worker computes in the memory of a device, and its links read and write a copy of that on the host.
 """
 
 from __future__ import annotations
@@ -36,13 +38,16 @@ class Contents:
         block_size: int,
         num_layers: int,
         namespace: bytes,
+        staged: bool = False,
     ) -> None:
+        self._staged = staged
         self._requests = requests
         self._expected = expected
         self._block_size = block_size
         self._num_layers = num_layers
         self._namespace = namespace
-        self._memory: dict[WorkerId, list[list[Cell]]] = {}  # [block][layer][position]
+        self._memory: dict[WorkerId, list[list[Cell]]] = {}  # [block][layer][position], where steps compute
+        self._host: dict[WorkerId, list[list[Cell]]] = {}  # where links read and write: the same if not staged
         self._steps: dict[WorkerId, list[tuple[Chunk, tuple[int, ...]]]] = {}
         self._flights: dict[tuple[WorkerId, WorkerId], tuple[SendFrame, list[Cell]]] = {}
         self._copies: dict[int, tuple[SendFrame, list[Cell]]] = {}
@@ -74,36 +79,50 @@ class Contents:
     # -- workers ------------------------------------------------------------------------------------------------------
 
     def worker_started(self, worker: WorkerId, num_blocks: int) -> None:
-        self._memory[worker] = [
-            [[NOTHING] * self._block_size for _ in range(self._num_layers)] for _ in range(num_blocks)
-        ]
+        self._memory[worker] = self._host[worker] = self._empty(num_blocks)
+        if self._staged:
+            self._host[worker] = self._empty(num_blocks)
+
+    def _empty(self, num_blocks: int) -> list[list[Cell]]:
+        return [[[NOTHING] * self._block_size for _ in range(self._num_layers)] for _ in range(num_blocks)]
 
     def worker_ended(self, worker: WorkerId) -> None:
         del self._memory[worker]
+        del self._host[worker]
         self._steps.pop(worker, None)
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
-    def step_started(self, worker: WorkerId, step: RunStep) -> None:
+    def step_started(self, worker: WorkerId, step: RunStep, *, fails: bool) -> None:
         assert worker not in self._steps, "two steps at once"
+        if self._staged and not fails:
+            for block in step.arrived:
+                self._memory[worker][block] = [list(cell) for cell in self._host[worker][block]]
         chunks = [(chunk, tuple(chunk.blocks)) for chunk in step.chunks]
         self._steps[worker] = chunks
         for chunk, blocks in chunks:
             known = self._all_tokens(chunk.request)[: chunk.request.num_prompt_tokens + chunk.num_outputs]
             assert list(chunk.tokens) == known, "a step is given other tokens than the request has"
             assert chunk.start + chunk.num_tokens <= len(known)
-            self._check_reads(worker, chunk, blocks, chunk.start)
+            if not fails:
+                self._check_reads(worker, chunk, blocks, chunk.start)
         for chunk, blocks in chunks:
             self._write(worker, chunk, blocks, range(self._num_layers), rubbish=True)
 
     def layers_written(self, worker: WorkerId, step: RunStep, layer_lo: int, layer_hi: int) -> None:
         for chunk, blocks in self._steps[worker]:
             self._write(worker, chunk, blocks, range(layer_lo, layer_hi), rubbish=False)
+            if self._staged and chunk.streams:
+                end = -(-(chunk.start + chunk.num_tokens) // self._block_size)
+                for block in blocks[chunk.num_sent_blocks : end]:
+                    for layer in range(layer_lo, layer_hi):
+                        self._host[worker][block][layer] = list(self._memory[worker][block][layer])
 
-    def step_ended(self, worker: WorkerId, step: RunStep) -> None:
+    def step_ended(self, worker: WorkerId, step: RunStep, *, fails: bool) -> None:
         for chunk, blocks in self._steps.pop(worker):
             assert tuple(chunk.blocks[: len(blocks)]) == blocks, "a request's blocks changed under a step"
-            self._check_reads(worker, chunk, blocks, chunk.start)
+            if not fails:
+                self._check_reads(worker, chunk, blocks, chunk.start)
 
     def _check_reads(self, worker: WorkerId, chunk: Chunk, blocks: Sequence[int], end: int) -> None:
         """Positions before `end` hold this request's own tokens, in every layer."""
@@ -142,13 +161,13 @@ class Contents:
 
     def landed(self, source: WorkerId, send: SendFrame, *, intact: bool) -> None:
         _, cells = self._copies[id(send)]
-        memory = self._memory[send.peer]
+        memory = self._host[send.peer]
         self.num_landings += 1
         for (layer, place), cell in zip(self._places(send), cells, strict=True):
             memory[send.target_blocks[place]][layer][:] = cell if intact else [RUBBISH] * self._block_size
 
     def _read(self, source: WorkerId, send: SendFrame) -> list[Cell]:
-        memory = self._memory[source]
+        memory = self._host[source]
         return [list(memory[send.source_blocks[place]][layer]) for layer, place in self._places(send)]
 
     @staticmethod

@@ -89,6 +89,7 @@ def build(random: Random, *, faults: bool = True) -> tuple[World, list[WorkerId]
         layers_per_frame=random.choice((1, 2, 4)),
         max_batch=max_batch,
         one_sided=one_sided,
+        staged=random.random() < 0.4,
         cost=UnevenCost(random),
         frame_fault=FaultyWires(random, one_sided=one_sided) if faults else faithful,
         step_fault=FaultySteps(random) if faults else never_fails,

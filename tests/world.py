@@ -91,6 +91,7 @@ class World:
         controller: ControllerConfig | None = None,
         frame_fault: FrameFault = faithful,
         step_fault: StepFault = never_fails,
+        staged: bool = False,
         check: bool = True,
         watch: Callable[[float, WorkerId, Message], None] | None = None,
     ) -> None:
@@ -100,7 +101,12 @@ class World:
         self.rejected: dict[RequestId, Reject] = {}
         self.requests: dict[RequestId, Request] = {}
         self.contents = Contents(
-            self.requests, expected_token, block_size=BLOCK_SIZE, num_layers=NUM_LAYERS, namespace=NAMESPACE
+            self.requests,
+            expected_token,
+            block_size=BLOCK_SIZE,
+            num_layers=NUM_LAYERS,
+            namespace=NAMESPACE,
+            staged=staged,
         )
         self._emitted: set[tuple[RequestId, int, int]] = set()
         self._check = check

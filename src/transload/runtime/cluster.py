@@ -49,13 +49,14 @@ class KvContents(Protocol):
     """Follows what the KV memory of every worker holds, byte for byte or in some likeness of it. A run that only wants
     times has none; a run that looks for mistakes has one that asserts."""
 
-    def step_started(self, worker: WorkerId, step: RunStep, /) -> None:
-        """The step reads what its chunks rest on, and begins to write their own positions."""
+    def step_started(self, worker: WorkerId, step: RunStep, /, *, fails: bool) -> None:
+        """The step takes in the blocks that have arrived, reads what its chunks rest on, and begins to write their own
+        positions. One that `fails` may do any part of that."""
 
     def layers_written(self, worker: WorkerId, step: RunStep, layer_lo: int, layer_hi: int, /) -> None:
         """These layers of the step's own positions are complete."""
 
-    def step_ended(self, worker: WorkerId, step: RunStep, /) -> None:
+    def step_ended(self, worker: WorkerId, step: RunStep, /, *, fails: bool) -> None:
         """The step touches nothing any more."""
 
     def send_started(self, source: WorkerId, send: SendFrame, /) -> None:

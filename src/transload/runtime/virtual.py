@@ -254,8 +254,9 @@ class VirtualRuntime:
     def _run_step(self, worker: LiveWorker, step: RunStep) -> None:
         name, incarnation, num_layers = worker.spec.engine.worker, worker.incarnation, worker.spec.engine.num_layers
         seconds = self._cost.step_seconds(name, step.chunks)
+        problem = self._step_fault(name, step)
         if self._contents is not None:
-            self._contents.step_started(name, step)
+            self._contents.step_started(name, step, fails=problem is not None)
         if any(chunk.streams for chunk in step.chunks):
             for low in range(0, num_layers, worker.spec.layers_per_frame):
                 high = min(low + worker.spec.layers_per_frame, num_layers)
@@ -269,7 +270,6 @@ class VirtualRuntime:
             for chunk in step.chunks
             if chunk.samples
         )
-        problem = self._step_fault(name, step)
         done = StepDone(step.step, sampled, seconds) if problem is None else StepFailed(step.step, problem)
         self._after(seconds, lambda: self._end_step(name, incarnation, step, done))
 
@@ -281,9 +281,10 @@ class VirtualRuntime:
     def _end_step(self, name: WorkerId, incarnation: int, step: RunStep, event: StepDone | StepFailed) -> None:
         worker = self._alive(name, incarnation)
         if self._contents is not None and worker is not None:
-            if isinstance(event, StepDone):
+            fails = isinstance(event, StepFailed)
+            if not fails:
                 self._contents.layers_written(name, step, 0, worker.spec.engine.num_layers)
-            self._contents.step_ended(name, step)
+            self._contents.step_ended(name, step, fails=fails)
         self._tell_worker(name, incarnation, event)
 
     # -- links --------------------------------------------------------------------------------------------------------
