@@ -222,5 +222,6 @@ class Contents:
                 request, index = named[key]
                 span = slice(index * self._block_size, (index + 1) * self._block_size)
                 for layer in range(self._num_layers):
-                    held = self._memory[name][block][layer]
+                    memory = self._host if block in worker.engine._arrived else self._memory  # will be taken in first
+                    held = memory[name][block][layer]
                     assert held == self.marks(request, layer)[span], f"{name}: block {block} is not what its key says"

@@ -99,15 +99,18 @@ def build(random: Random, *, faults: bool = True) -> tuple[World, list[WorkerId]
             max_waiting=random.choice((2, 100)),
         ),
     )
+    # little expected lets more in than there is room for, so that some are preempted
+    world.runtime.controller._admission.expected_outputs = random.choice((128.0, 1.0))
     return world, [WorkerId(name) for name in workers.split()]
 
 
 def load(world: World, random: Random) -> None:
     """Requests that share prefixes, alone or in a burst; some stop early, are in a hurry, or go away."""
     window = random.choice((0.0, 0.2, 2.0))
+    longest_prompt, longest_text = random.choice(((40, 20), (40, 20), (10, 30)))
     for _ in range(random.randint(1, 14)):
-        prompt = [random.randint(0, 3), *range(random.randint(0, 40))]
-        max_tokens = random.randint(1, 20)
+        prompt = [random.randint(0, 3), *range(random.randint(0, longest_prompt))]
+        max_tokens = random.randint(1, longest_text)
         stops_at = random.randrange(max_tokens) if random.random() < 0.3 else None
         at_seconds = 1 + random.random() * window
         request = world.ask(
