@@ -52,6 +52,13 @@ def python(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, input=stdin)
 
 
+@pytest.mark.parametrize("address", ["here", "here:", ":1", "here:port", "here:0", "here:65536"])
+def test_an_address_to_join_that_is_none_is_refused(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["worker", "--join", address, "--name", "decode-0"])
+    assert f"got {address!r}; want HOST:PORT" in capsys.readouterr().err
+
+
 def test_subcommands_and_flags_are_frozen() -> None:
     assert {name: flags_of(parser) for name, parser in parsers().items()} == {
         name: " ".join(sorted(flags.split())) for name, flags in FROZEN.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -12,7 +13,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="join a server as one of its workers (serve starts its own)",
         description="One worker process. It is told everything else by the server that it joins.",
     )
-    parser.add_argument("--join", required=True, metavar="HOST:PORT", help="where the server listens for workers")
+    parser.add_argument(
+        "--join", required=True, metavar="HOST:PORT", type=_address, help="where the server listens for workers"
+    )
     parser.add_argument("--name", required=True, help="which of the deployment's workers this is, such as decode-0")
     parser.set_defaults(run=run)
 
@@ -22,3 +25,11 @@ def run(args: argparse.Namespace) -> int:
     from transload.runtime.worker import main
 
     return main(args.join, args.name)
+
+
+def _address(text: str) -> str:
+    """HOST:PORT, as `transload serve` prints it."""
+    found = re.fullmatch(r".+:(\d{1,5})", text)
+    if found is None or not 0 < int(found[1]) < 65536:
+        raise argparse.ArgumentTypeError(f"got {text!r}; want HOST:PORT, as `transload serve` prints it")
+    return text
