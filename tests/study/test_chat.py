@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tests.study.test_waterfall import WATERFALL
 from transload.errors import TransloadError
 from transload.study import chat
 from transload.study.ask import ask_once
+from transload.study.conversation import Conversation
 
 REPOSITORY = Path(__file__).parents[2]
 _MAIN = """
@@ -96,6 +98,13 @@ def test_each_line_from_a_pipe_is_a_turn_and_the_history_grows() -> None:
     ]
     assert server.asked[0]["model"] == "scripted"
     assert (server.asked[0]["max_tokens"], server.asked[0]["temperature"]) == (9, 0)
+
+
+def test_bytes_that_are_no_text_do_not_end_a_conversation() -> None:
+    server = Scripted()
+    with server_in_thread(server) as url, closing(Conversation(url)) as conversation:
+        assert "".join(conversation.say(b"caf\xe9 \xc3\xa9".decode(errors="surrogateescape")))
+    assert server.asked[0]["messages"][-1]["content"] == "caf\ufffd é"
 
 
 @pytest.mark.slow

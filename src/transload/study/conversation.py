@@ -122,7 +122,8 @@ class Conversation:
         What was asked and answered joins the history, also if the answer was cut short; a question that failed does
         not. Raises `RequestError` if the server refuses or fails, `TransloadError` if it goes away.
         """
-        question = {"role": "user", "content": text}
+        # bytes that are no UTF-8 come out of pipes and arguments as surrogates, which JSON cannot carry
+        question = {"role": "user", "content": text.encode(errors="surrogateescape").decode(errors="replace")}
         turn = self.last = Turn(time.perf_counter())
         asked = False
         try:
