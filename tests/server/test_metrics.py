@@ -5,6 +5,12 @@ from __future__ import annotations
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.control.feeding import D0, P0, a_request
+from transload.control.controller import Controller, ControllerConfig
+from transload.control.messages import KvVerified
+from transload.control.rates import LinkRate
+from transload.control.tracking import Tracked
+from transload.server.feed import MetricsFeed
 from transload.server.metrics import Metrics
 
 
@@ -64,3 +70,15 @@ def test_two_servers_in_one_process_count_apart() -> None:
     first, second = Metrics(), Metrics()
     first.set_queue_length(5)
     assert samples(second)[("transload_queue_length",)] == 0
+
+
+def test_a_transfer_is_counted_by_its_transport_though_its_request_has_ended() -> None:
+    metrics, controller = Metrics(), Controller(ControllerConfig())
+    request = a_request(1, 6, max_tokens=1)
+    tracked = Tracked(request, 0.0)
+    tracked.prefill, tracked.decode = P0, D0
+    controller.ended[request.id] = tracked
+    controller.links[P0, D0] = LinkRate(transport="shm")
+    verified = KvVerified(worker=D0, request=request.id, epoch=0, num_bytes=100, wire_seconds=0.1, num_frames=1)
+    MetricsFeed(metrics, controller)(verified, 1.0)
+    assert samples(metrics)["transload_transfer_bytes_total", ("transport", "shm")] == 100

@@ -10,6 +10,7 @@ from transload.control.messages import (
     KvVerified,
     Load,
     Preempted,
+    RequestId,
     RestartWorker,
     WorkerGone,
     WorkerId,
@@ -76,10 +77,12 @@ class MetricsFeed:
         transport = self._transport(verified.request, verified.worker)
         self._metrics.transfer_done(transport, verified.num_bytes, verified.wire_seconds, exposed)
 
-    def _transport(self, request: int, worker: WorkerId) -> str:
-        tracked = self._controller.requests.get(request)  # type: ignore[call-overload]
+    def _transport(self, request: RequestId, worker: WorkerId) -> str:
+        controller = self._controller
+        # a request whose first token was its last has ended before its KV cache has arrived
+        tracked = controller.requests.get(request) or controller.ended.get(request)
         source = tracked.prefill if tracked is not None else None
-        link = self._controller.links.get((source, worker)) if source is not None else None
+        link = controller.links.get((source, worker)) if source is not None else None
         return link.transport if link is not None else "unknown"
 
     def _count_workers(self) -> None:
