@@ -177,6 +177,8 @@ class RemoteWorker:
         """Ask it to leave, then make sure that it has."""
         self.send(Shutdown())
         if self._process is not None:
+            if self._wire is None:  # still importing: it cannot hear us, and holds nothing yet
+                self.kill()
             try:
                 async with asyncio.timeout(STOP_SECONDS):
                     await self._process.wait()

@@ -1,7 +1,7 @@
 """`transload serve`: from a deployment to a running server, and back to nothing.
 
-Order: find the model, place the workers, start them, open the port; on Ctrl-C or SIGTERM the reverse. Whatever stage a
-signal or an error comes in, every process, socket and piece of shared memory is gone afterwards.
+Order: take the port, find the model, place the workers, start them, listen; on Ctrl-C or SIGTERM the reverse. Whatever
+stage a signal or an error comes in, every process, socket and piece of shared memory is gone afterwards.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,49 +22,76 @@ from transload.deploy.placement import place
 from transload.deploy.plan import Placement
 from transload.deploy.spec import Deployment
 from transload.model.source import ModelFiles, locate
-from transload.model.tokenizer import load_tokenizer
+from transload.model.tokenizer import ModelTokenizer, load_tokenizer
 from transload.runtime.base import ServedModel
 from transload.runtime.real import RealRuntime
 from transload.server.app import create_app
 from transload.server.feed import MetricsFeed
 from transload.server.metrics import Metrics
-from transload.server.serve import serve_http
+from transload.server.serve import reserve_address, serve_http
 from transload.study.ask import ask_once
 from transload.transfer.layout import kv_layout
 
 GRACE_SECONDS = 10.0
-"""How long running requests may go on after the first signal; a second signal ends them."""
+"""How long running requests may go on after the first signal; a second signal ends them in an error they see."""
 
 
 def serve(deployment: Deployment, *, ask: str | None = None, once: bool = False, event_log: Path | None = None) -> int:
     """Serve until a signal comes. `ask` sends one chat request as soon as the server is ready; with `once` the server
     stops after it. Returns the exit code. Raises `TransloadError` if it cannot be started."""
     console = Console(stderr=True)
-    return asyncio.run(_Serving(deployment, console, ask, once=once, event_log=event_log).run())
+    with reserve_address(deployment.server) as listener:
+        files, tokenizer = _find_model(deployment)
+        serving = _Serving(deployment, files, tokenizer, console, ask, once=once, event_log=event_log)
+        return asyncio.run(serving.run(listener))
+
+
+def _find_model(deployment: Deployment) -> tuple[ModelFiles, ModelTokenizer]:
+    """Before there is an event loop, in this thread: so that Ctrl-C and SIGTERM end a download, with its process."""
+
+    def stop(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        files = locate(deployment.model)
+        return files, load_tokenizer(files)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Serving:
     """One run of `transload serve`."""
 
     def __init__(
-        self, deployment: Deployment, console: Console, ask: str | None, *, once: bool, event_log: Path | None
+        self,
+        deployment: Deployment,
+        files: ModelFiles,
+        tokenizer: ModelTokenizer,
+        console: Console,
+        ask: str | None,
+        *,
+        once: bool,
+        event_log: Path | None,
     ) -> None:
         self._deployment = deployment
+        self._files = files
+        self._tokenizer = tokenizer
         self._console = console
         self._ask = ask
         self._once = once
         self._event_log = event_log
         self._began = time.monotonic()
         self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._is_serving = False
         self._asking: asyncio.Task[int] | None = None
 
-    async def run(self) -> int:
-        deployment = self._deployment
-        files = await asyncio.to_thread(locate, deployment.model)
+    async def run(self, listener: socket.socket) -> int:
+        deployment, files = self._deployment, self._files
         placement = place(deployment, read_machine(), files.arch)
         for warning in placement.warnings:
             self._say(f"[yellow]note:[/] {warning}")
-        tokenizer = load_tokenizer(files)
         model = served_model(deployment, placement, files)
         metrics = Metrics()
         with self._signals():
@@ -74,9 +102,15 @@ class _Serving:
             if not await self._start(runtime, placement):
                 return 130
             try:
-                app = create_app(runtime, tokenizer, deployment.server, deployment.seed, metrics=metrics)
+                app = create_app(runtime, self._tokenizer, deployment.server, deployment.seed, metrics=metrics)
                 await serve_http(
-                    app, deployment.server, started=self._started, stop=self._stop, grace_seconds=GRACE_SECONDS
+                    app,
+                    deployment.server,
+                    started=self._started,
+                    stop=self._stop,
+                    hurry=self._hurry,
+                    listener=listener,
+                    grace_seconds=GRACE_SECONDS,
                 )
             finally:
                 await runtime.close()
@@ -104,6 +138,7 @@ class _Serving:
             self._say(f"waiting for a worker; start it with:\n  {command}")
 
     def _started(self, host: str, port: int) -> None:
+        self._is_serving = True
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{port}"
         self._say(f"[green]ready[/] in {time.monotonic() - self._began:.1f} s at {url}")
@@ -126,13 +161,18 @@ class _Serving:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM stops in order; a second one ends running requests at once."""
+        """The first SIGINT or SIGTERM stops in order; a second one ends running requests at once, in an error."""
         loop = asyncio.get_running_loop()
 
         def received(name: str) -> None:
             if self._stop.is_set():
-                raise KeyboardInterrupt
-            self._say(f"{name}: finishing what runs, at most {GRACE_SECONDS:g} s; again to end at once")
+                if not self._hurry.is_set():
+                    self._say(f"{name}: ending what runs")
+                self._hurry.set()
+            elif self._is_serving:
+                self._say(f"{name}: finishing what runs, at most {GRACE_SECONDS:g} s; again to end at once")
+            else:
+                self._say(f"{name}: stopping the workers that were starting")
             self._stop.set()
 
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -30,17 +30,25 @@ async def serve_http(
     *,
     started: Callable[[str, int], None],
     stop: asyncio.Event | None = None,
+    hurry: asyncio.Event | None = None,
+    listener: socket.socket | None = None,
     limits: ConnectionLimits | None = None,
     grace_seconds: float = 10.0,
 ) -> None:
-    """Serve until `stop` is set or this task is cancelled; then let running calls finish for `grace_seconds`.
+    """Serve until `stop` is set or this task is cancelled; then let running calls finish for `grace_seconds`, or until
+    `hurry` is set.
 
     Calls that are not done by then end in an error that their callers see. `started(host, port)` is called once
-    connections are accepted; port 0 picks a free one. Installs no signal handlers.
-    Raises `MachineError` if the address cannot be had.
+    connections are accepted; port 0 picks a free one. `listener` comes from `reserve_address` and is closed in the
+    end. Installs no signal handlers. Raises `MachineError` if the address cannot be had.
     """
     _raise_file_limit()
-    listener = _listen(server.host, server.port)
+    listener = listener or reserve_address(server)
+    try:
+        listener.listen(BACKLOG)
+    except OSError as error:  # somebody else bound the same address at the same time, and was first to listen
+        listener.close()
+        raise MachineError(_why_not(server.host, server.port, error)) from None
     host, port = listener.getsockname()[:2]
     limits = limits or ConnectionLimits()
     config = uvicorn.Config(
@@ -66,7 +74,7 @@ async def serve_http(
             started(host, port)
             await _either(serving, stop or asyncio.Event())
     finally:
-        await _wind_down(app, runner, serving, grace_seconds)
+        await _wind_down(app, runner, serving, grace_seconds, hurry or asyncio.Event())
         listener.close()
         app.close()
 
@@ -96,22 +104,28 @@ async def _either(serving: asyncio.Task[None], event: asyncio.Event) -> None:
         wished.cancel()
 
 
-async def _wind_down(app: App, runner: uvicorn.Server, serving: asyncio.Task[None], grace_seconds: float) -> None:
+async def _wind_down(
+    app: App, runner: uvicorn.Server, serving: asyncio.Task[None], grace_seconds: float, hurry: asyncio.Event
+) -> None:
     """Stop accepting, wait for running calls, end the rest by name."""
     runner.should_exit = True
-    _done, pending = await asyncio.wait({serving}, timeout=grace_seconds)
-    if pending:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(grace_seconds):
+            await _either(serving, hurry)
+    if not serving.done():
         app.interrupt_all(RequestError("the server is shutting down", status=503, code="shutting_down"))
-        _done, pending = await asyncio.wait({serving}, timeout=6.0 + grace_seconds)
-    if pending:
+        await asyncio.wait({serving}, timeout=6.0 + grace_seconds)
+    if not serving.done():
         serving.cancel()
         await asyncio.wait({serving}, timeout=1.0)
     if serving.done() and not serving.cancelled() and (error := serving.exception()) is not None:
         raise error
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket on the first address of `host`."""
+def reserve_address(server: Server) -> socket.socket:
+    """A socket bound to the first address of the server's host. Callers are refused until it listens, so it can be
+    taken before the workers start. Raises `MachineError` if it cannot be had."""
+    host, port = server.host, server.port
     try:
         family, kind, protocol, _name, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -124,7 +138,6 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(BACKLOG)
         listener.setblocking(False)
     except OSError as error:
         listener.close()
