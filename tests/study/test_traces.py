@@ -214,3 +214,21 @@ def test_the_shipped_traces_are_what_their_readme_says(
     assert sum(a.num_input_tokens for a in arrivals) / count == pytest.approx(mean_input, abs=1)
     assert sum(a.num_output_tokens for a in arrivals) / count == pytest.approx(mean_output, abs=1)
     assert all(a.at_seconds <= b.at_seconds for a, b in pairwise(arrivals))
+
+
+@pytest.mark.parametrize(
+    ("name", "num_requests", "seconds", "mean_input", "mean_output"),
+    [
+        ("azure2023_conv.csv.gz", 19366, 3502, 1155, 211),
+        ("azure2023_code.csv.gz", 8819, 3436, 2048, 28),
+        ("mooncake_synthetic.jsonl.gz", 3993, 1022, 15325, 149),
+    ],
+)
+def test_the_recorded_traces_are_what_their_page_says(
+    name: str, num_requests: int, seconds: int, mean_input: int, mean_output: int
+) -> None:
+    arrivals = read(Path(__file__).parents[2] / "traces" / name)
+    assert len(arrivals) == num_requests
+    assert round(arrivals[-1].at_seconds) == seconds
+    assert round(sum(arrival.num_input_tokens for arrival in arrivals) / num_requests) == mean_input
+    assert round(sum(arrival.num_output_tokens for arrival in arrivals) / num_requests) == mean_output
