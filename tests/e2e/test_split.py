@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterator
 
 import openai
+import psutil
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
 
@@ -138,3 +140,10 @@ def test_a_repeated_prompt_is_found_in_the_cache(server: LiveServer) -> None:
     assert second.usage is not None
     assert second.usage.prompt_tokens_details is not None
     assert (second.usage.prompt_tokens_details.cached_tokens or 0) >= 64
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers share the only core")
+def test_each_worker_runs_on_cores_of_its_own(server: LiveServer) -> None:
+    prefill, decode = (set(psutil.Process(server.pid(name)).cpu_affinity()) for name in ("prefill-0", "decode-0"))
+    assert len(prefill) == len(decode) == 1
+    assert prefill != decode
