@@ -31,7 +31,7 @@ from transload.runtime.virtual import VirtualRuntime
 BLOCK_SIZE = 4
 NUM_LAYERS = 4
 NAMESPACE = b"tests"
-MOST_EVENTS = 100_000
+MOST_EVENTS = 20_000
 ROLES: dict[str, Role] = {"p": "prefill", "d": "decode", "a": "aggregated"}
 
 

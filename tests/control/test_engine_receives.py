@@ -158,6 +158,19 @@ def test_a_changed_frame_fails_the_transfer_and_nothing_runs() -> None:
     assert feed.step is None
 
 
+@pytest.mark.parametrize("outputs", [(), (1000,), (1000, 1002, 1003), (1001, 1002), (1000, 1001, 1002, 1003)])
+def test_a_sender_that_went_on_from_other_tokens_is_refused(outputs: tuple[int, ...]) -> None:
+    feed = EngineFeed(D0)
+    feed.link(P0)
+    (reserved,) = reports(feed.give(Reserve(a_request(1, 6), 1, P0, outputs=(1000, 1001))))
+    assert isinstance(reserved, Reserved)
+    feed.from_peer(P0, data_of(reserved.grant, epoch=1), 5)
+    (failed,) = reports(feed.from_peer(P0, KvDone(reserved.grant.transfer, 1, 1, outputs)))
+    assert isinstance(failed, HandoffFailed)
+    assert failed.reason == "p0 has not gone on from the tokens made so far"
+    assert feed.step is None
+
+
 def test_one_sided_blocks_are_nobodys_until_the_sender_has_stopped_writing() -> None:
     feed = EngineFeed(D0)
     grant = reserve(feed)

@@ -236,6 +236,8 @@ class Exchange:
         match frame:
             case KvData():
                 problem = receiver.take_frame(frame, arrived_checksum, now)
+            case KvDone() if frame.outputs[:-1] != work.outputs or not frame.outputs:
+                problem = f"{receiver.source} has not gone on from the tokens made so far"
             case KvDone():
                 receiver.take_done(frame, now)
             case _:
