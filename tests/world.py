@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -92,6 +92,7 @@ class World:
         frame_fault: FrameFault = faithful,
         step_fault: StepFault = never_fails,
         staged: bool = False,
+        lease_seconds: Mapping[str, float] | None = None,
         check: bool = True,
         watch: Callable[[float, WorkerId, Message], None] | None = None,
     ) -> None:
@@ -122,7 +123,7 @@ class World:
                     namespace=NAMESPACE,
                     max_batch=max_batch,
                     step_tokens=step_tokens,
-                    lease_seconds=1.0,
+                    lease_seconds=(lease_seconds or {}).get(name, 1.0),
                 ),
                 pool=ROLES[name[0]],
                 role=ROLES[name[0]],

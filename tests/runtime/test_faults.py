@@ -41,9 +41,11 @@ def test_a_lost_ready_frees_the_sender_when_its_lease_ends() -> None:
         return [] if isinstance(frame, KvReady) else [(0.0, frame, 0)]
 
     world = World("p0 d0", frame_fault=lose_ready)
-    world.ask(1.0, list(range(30)), 60)
+    request = world.ask(1.0, list(range(30)), 200)
     world.run()
     world.check_complete()
+    assert "HandoffFailed" in world.names("controller")
+    assert world.runtime.controller.ended[request].epoch == 0, "the decode worker had all it needed"
 
 
 def test_data_of_an_older_epoch_is_dropped() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
+from tests.control.feeding import A0, D0, P0
 from tests.world import World
 from transload.control.controller import ControllerConfig
 from transload.control.messages import KvVerified, Prefill, Reserve, Run
+from transload.runtime.cost import LinearCost
 
 
 @pytest.mark.parametrize("one_sided", [True, False])
@@ -93,3 +97,65 @@ def test_assignments_name_the_workers_that_the_router_chose() -> None:
     assigned = [(who, type(event)) for _, who, event in world.events if isinstance(event, Reserve | Prefill | Run)]
     assert {who for who, kind in assigned if kind is Reserve} == {"d0", "d1"}
     assert {who for who, kind in assigned if kind is Prefill} == {"p0"}
+
+
+def test_messages_keep_their_order_however_long_each_takes() -> None:
+    class Uneven(LinearCost, frozen=True, kw_only=True):
+        def message_seconds(self) -> float:
+            return random.random()
+
+    random = Random(1)
+    world = World("a0 a1", cost=Uneven(load_seconds=0.5))
+    for number in range(20):
+        world.ask(1.0 + number * 0.001, [number] * 5, 3)
+    world.run()
+    world.check_complete()
+    for worker in ("a0", "a1"):
+        runs = [event.request.id for _, who, event in world.events if who == worker and isinstance(event, Run)]
+        assert runs == sorted(runs)
+
+
+def test_a_paused_worker_takes_up_in_order_what_came_meanwhile() -> None:
+    world = World("a0")
+    for number in range(3):
+        world.ask(1.0 + number * 0.1, [number] * 5, 3)
+    world.runtime.pause(0.9, A0, 5.0)
+    world.run()
+    world.check_complete()
+    runs = [(at, event.request.id) for at, who, event in world.events if isinstance(event, Run)]
+    assert [number for _, number in runs] == [1, 2, 3]
+    assert {at for at, _ in runs} == {5.9}
+
+
+def test_a_worker_that_is_declared_gone_and_lives_on_changes_nothing_any_more() -> None:
+    world = World("p0 d0")
+    request = world.ask(1.0, list(range(30)), 40)
+    world.runtime.lose(1.2, D0, lingers_seconds=0.3)
+    world.run()
+    world.check_complete()
+    assert world.runtime.controller.ended[request].epoch == 1
+    handled = [at for at, who, _ in world.events if who == "d0"]
+    assert any(1.2 < at < 1.5 for at in handled), "it goes on computing"
+    assert "WorkerGone" in world.names("controller")
+    assert world.names("controller").count("WorkerGone") == 1
+    assert world.names("controller").count("WorkerJoined") == 3
+
+
+@pytest.mark.parametrize("seconds", [-3600.0, 3600.0])
+def test_a_clock_that_jumps_costs_no_attempt(seconds: float) -> None:
+    world = World("p0 d0")
+    requests = [world.ask(1.0 + number * 0.05, [number] * 40, 10) for number in range(6)]
+    for worker in (P0, D0):
+        world.runtime.shift_clock(1.1, worker, seconds)
+    world.run()
+    world.check_complete()
+    assert {world.runtime.controller.ended[request].epoch for request in requests} == {0}
+
+
+def test_workers_whose_leases_differ_hand_over_all_the_same() -> None:
+    slow = LinearCost(load_seconds=0.5, step_floor_seconds=0.5)
+    world = World("p0 d0", cost=slow, lease_seconds={"p0": 60.0, "d0": 1.0})
+    requests = [world.ask(1.0, [number] * 60, 2) for number in range(4)]
+    world.run()
+    world.check_complete()
+    assert {world.runtime.controller.ended[request].epoch for request in requests} == {0}
