@@ -18,6 +18,7 @@ EXACT = ("--dtype", "float32", "--deterministic", "--set", "router.local_prefill
 GOLDEN: list[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "golden/smollm2_greedy.json").read_text())[
     "prompts"
 ]
+SAMPLED: dict[str, list[list[str]]] = {}
 TOPOLOGIES = {
     "aggregated": ("--topology", "1agg"),
     "split over shared memory": ("--topology", "1p1d"),
@@ -51,14 +52,43 @@ def complete(server: LiveServer) -> list[tuple[list[str], list[float]]]:
     return asyncio.run(ask_all())
 
 
+def sample(server: LiveServer) -> list[list[str]]:
+    """Seeded texts at temperature 0.9: four at once, then the first of them once more, alone."""
+
+    async def ask_all() -> list[list[str]]:
+        client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=240)
+
+        async def ask(seed: int) -> list[str]:
+            answer = await client.completions.create(
+                model="default",
+                prompt="Once upon a time there was",
+                max_tokens=16,
+                temperature=0.9,
+                top_p=0.95,
+                seed=seed,
+                frequency_penalty=0.3,
+                logprobs=0,
+                extra_body={"ignore_eos": True, "return_tokens_as_token_ids": True},
+            )
+            assert answer.choices[0].logprobs is not None
+            return answer.choices[0].logprobs.tokens or []
+
+        async with client:
+            crowd = await asyncio.gather(*(ask(seed) for seed in (1, 2, 3, 4)))
+            return [*crowd, await ask(1)]
+
+    return asyncio.run(ask_all())
+
+
 @pytest.fixture(scope="module")
 def answers() -> dict[str, list[tuple[list[str], list[float]]]]:
     found = {}
     for name, arguments in TOPOLOGIES.items():
         with LiveServer(*arguments, *EXACT) as server:
             found[name] = complete(server)
+            SAMPLED[name] = sample(server)
             if name != "aggregated":
-                assert server.metric("transload_transfers_total", outcome="verified") == len(GOLDEN)
+                assert server.metric("transload_transfers_total", outcome="verified") == len(GOLDEN) + 5
     return found
 
 
@@ -72,6 +102,14 @@ def test_greedy_tokens_are_those_of_transformers(name: str, answers: dict[str, A
 def test_log_probabilities_are_bit_equal_to_the_aggregated_ones(name: str, answers: dict[str, Any]) -> None:
     for prompt, split, whole in zip(GOLDEN, answers[name], answers["aggregated"], strict=True):
         assert split[1] == whole[1], prompt["id"]
+
+
+@pytest.mark.usefixtures("answers")
+def test_a_seed_gives_the_same_text_alone_in_a_crowd_and_however_it_is_split() -> None:
+    whole = SAMPLED["aggregated"]
+    assert whole[4] == whole[0]
+    assert len({tuple(text) for text in whole[:4]}) == 4
+    assert all(SAMPLED[name] == whole for name in TOPOLOGIES)
 
 
 def test_log_probabilities_are_those_of_transformers(answers: dict[str, Any]) -> None:

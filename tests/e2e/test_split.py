@@ -99,7 +99,7 @@ def test_many_callers_at_once_each_get_their_own_answer(server: LiveServer) -> N
     assert right >= 12, texts  # a 135M model counts well, not perfectly
 
 
-def test_a_seed_gives_the_same_text_alone_and_in_a_crowd(server: LiveServer) -> None:
+def test_a_seed_repeats_its_text_and_another_gives_another(server: LiveServer) -> None:
     def sample(seed: int) -> str:
         answer = server.client.completions.create(
             model="default", prompt="Once upon a time", max_tokens=24, temperature=0.9, seed=seed
