@@ -11,6 +11,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -64,6 +65,16 @@ def results(pool: Pool, first: int, schedules: int | None) -> Iterator[tuple[Cou
         begin = end
 
 
+def stop(_number: int, _frame: object) -> None:
+    """Also where Ctrl-C is ignored, as in the background of a script."""
+    raise KeyboardInterrupt
+
+
+def leave_signals_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def report(counts: Counter[str], failures: list[str], first: int, seconds: float) -> dict[str, object]:
     commit = subprocess.run(
         ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
@@ -88,11 +99,16 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--report", type=Path, help="write what was found as JSON")
     args = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     counts: Counter[str] = Counter()
     failures: list[str] = []
     began = time.monotonic()
     columns = (TextColumn("{task.description}"), *Progress.get_default_columns()[1:], TimeElapsedColumn())
-    with multiprocessing.Pool(args.processes) as pool, Progress(*columns) as progress:
+    with (
+        multiprocessing.Pool(args.processes, initializer=leave_signals_to_the_parent) as pool,
+        Progress(*columns) as progress,
+    ):
         task = progress.add_task("schedules", total=args.schedules)
         try:
             for some, failed in results(pool, args.first, args.schedules):
