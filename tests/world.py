@@ -177,6 +177,9 @@ class World:
         assert token.index == len(self.tokens[token.request]), "tokens in order, without gap"
         request = self.requests[token.request]
         assert token.token == expected_token(request, token.index), "another request's token"
+        controller = self.runtime.controller
+        tracked = controller.requests.get(token.request) or controller.ended[token.request]
+        assert token.epoch == tracked.epoch, "a token of an earlier attempt"
         self.tokens[token.request].append(token.token)
 
     def finish(self, command: Finish, now: float) -> None:

@@ -13,7 +13,7 @@ from transload.control.blocks import BlockPool
 from transload.control.engine import Engine
 from transload.control.exchange import Exchange
 from transload.control.handoff import KvReceiver, KvSender, Lease
-from transload.control.messages import KvAbort, KvData, SendFrame
+from transload.control.messages import KvAbort, KvData, SendFrame, Token
 from transload.control.tracking import Tracked
 from transload.control.work import Work
 
@@ -149,12 +149,13 @@ def a_preempted_request_forgets_a_token(patch: pytest.MonkeyPatch) -> None:
 
 @mistake
 def tokens_of_an_earlier_attempt_count(patch: pytest.MonkeyPatch) -> None:
-    wrap(
-        patch,
-        Tracked,
-        "take_token",
-        lambda original, self, token: original(self, msgspec.structs.replace(token, epoch=self.epoch)),
-    )
+    def take_token(original: Callable[..., list[Token]], self: Tracked, token: Token) -> list[Token]:
+        epoch, self.epoch = self.epoch, token.epoch
+        ready = original(self, token)
+        self.epoch = epoch
+        return ready
+
+    wrap(patch, Tracked, "take_token", take_token)
 
 
 def is_found(seed: int) -> bool:
