@@ -139,6 +139,8 @@ class RealRuntime:
         self._streams[request.id] = stream
         self.tell(Arrived(request))
         refusal, self._refusal = self._refusal, None
+        if refusal is not None and refusal.retry_after_seconds is None:
+            raise RequestError(refusal.message, code="exceeds_capacity")
         if refusal is not None:
             raise OverCapacity(refusal.message, retry_after_seconds=refusal.retry_after_seconds or 1.0)
         return stream
