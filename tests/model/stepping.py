@@ -75,8 +75,9 @@ class Stepper:
         num_blocks: int = 160,
         seed: int = 0,
         threads: int = 1,
+        device: str = "cpu",
     ) -> None:
-        model = build_model(arch, tensors, dtype, deterministic, torch.device("cpu"))
+        model = build_model(arch, tensors, dtype, deterministic, torch.device(device))
         layout = KvLayout(
             model="test",
             num_layers=arch.num_layers,

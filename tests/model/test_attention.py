@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from transload.model.attention import ALIGNED_ROWS, AttentionPlan, DecodeGroup, Heads, Site, Span
+from transload.model.attention import ALIGNED_ROWS, AttentionPlan, DecodeGroup, FlashPrompt, Heads, Site, Span
 from transload.model.kv_cache import KvCache
 from transload.transfer.layout import KvLayout
 
@@ -105,6 +105,22 @@ def test_a_long_prompt_spans_many_tiles(deterministic: bool) -> None:
     heads = Heads(16, 4, 8)
     check([700], [600], heads=heads, block_size=16, window=None, deterministic=deterministic)
     check([700], [600], heads=heads, block_size=16, window=100, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("window", [None, 1, 24, 1000])
+@pytest.mark.parametrize(("length", "num_rows"), [(70, 70), (87, 50), (2, 2), (133, 33)])
+def test_the_form_for_accelerators_agrees_with_the_definition(length: int, num_rows: int, window: int | None) -> None:
+    heads = Heads(6, 2, 32)
+    world = World([length], heads, 16)
+    span = Span(0, length - num_rows, num_rows, np.array(world.tables[0]))
+    q_THD = torch.randn(num_rows, 6, 32, generator=world.generator)
+    part = FlashPrompt(span, Site(heads, world.cache), window)
+    got = part.attend(q_THD, world.cache.pieces[1]).view_as(q_THD)
+    for row in range(num_rows):
+        end = span.start + row + 1
+        first = 0 if window is None else max(0, end - window)
+        want = attended(q_THD[row], world.keys[0][first:end], world.values[0][first:end], heads)
+        torch.testing.assert_close(got[row], want, rtol=1e-5, atol=1e-5)
 
 
 def test_lengths_far_apart_are_not_padded_to_each_other() -> None:

@@ -19,6 +19,8 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
 
 from transload.model.kv_cache import IntArray, KvCache
 
@@ -182,6 +184,34 @@ class PromptTiles:
         return out_THD.view(len(q_THD), -1)
 
 
+class FlashPrompt:
+    """As `PromptTiles`, for a GPU: one fused call a layer, where tiles would be thousands of launches."""
+
+    def __init__(self, span: Span, site: Site, window: int | None) -> None:
+        size = site.cache.layout.block_size
+        first_block = _first_key(span.start, window) // size
+        origin = first_block * size
+        self.rows = slice(span.first_row, span.first_row + span.num_rows)
+        self._heads = site.heads
+        self._num_keys = span.end - origin
+        self._gather = Gather(site.cache, span.blocks[None, first_block : (span.end - 1) // size + 1], site.scratch)
+        self._bias: torch.Tensor | None = None
+        if window is not None and span.end - origin > window:
+            self._bias = site.bias(_hidden(span.start, span.end, origin, span.end, window))
+
+    def attend(self, q_THD: torch.Tensor, pieces: torch.Tensor) -> torch.Tensor:
+        """Rows [T, H, D] of queries to rows [T, H * D]."""
+        heads, gather = self._heads, self._gather
+        gather.load(pieces)
+        k_1KSD = gather.keys_LDS.transpose(1, 2)[None, :, : self._num_keys]
+        v_1KSD = gather.values_LSD[None, :, : self._num_keys]
+        mask = self._bias if self._bias is not None else causal_lower_right(len(q_THD), self._num_keys)
+        out_1HTD = functional.scaled_dot_product_attention(
+            q_THD.transpose(0, 1)[None], k_1KSD, v_1KSD, attn_mask=mask, scale=heads.scale, enable_gqa=heads.group > 1
+        )
+        return out_1HTD[0].transpose(0, 1).reshape(len(q_THD), -1)
+
+
 class AlignedTile:
     """Deterministic: the rows of a span within one tile of absolute positions [tile * 16, tile * 16 + 16).
 
@@ -232,8 +262,9 @@ class AttentionPlan:
         num_decodes = sum(span.num_rows == 1 for span in spans)
         for group in _length_groups(spans[:num_decodes], site.cache.layout.block_size, window):
             self.parts.append(DecodeGroup(group, site, window))
+        prompt = PromptTiles if site.cache.tensor.device.type == "cpu" else FlashPrompt
         for span in spans[num_decodes:]:
-            self.parts.append(PromptTiles(span, site, window))
+            self.parts.append(prompt(span, site, window))
 
     def attend(self, q_THD: torch.Tensor, pieces: torch.Tensor) -> torch.Tensor:
         """Rows [T, H, D] of rotated queries to rows [T, H * D]; the step's own keys are in the cache already."""
