@@ -9,13 +9,16 @@ from pathlib import Path
 import msgspec
 
 from transload.deploy import spec
+from transload.hardware import parallel
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "docs" / "deployment.md"
 SECTIONS = {
     "model": "ModelSpec",
+    "model.precision": "PrecisionSpec",
     "pools (a list)": "Pool",
     "pools[].limits": "Limits",
+    "pools[].parallel": "Parallel",
     "links (a list)": "Link",
     "targets": "Targets",
     "router": "Router",
@@ -27,6 +30,9 @@ One YAML file says what runs: model, pools of workers, links, targets. `transloa
 it on this machine. Unknown keys, wrong values and what does not fit are refused with the place, the value and the
 allowed ones. Sizes are written `4 GiB` or in bytes, durations `200 ms` or in seconds. Any key can be set from the
 command line: `--set pools.decode.workers=2`.
+
+A pool with a `chip` is one to simulate (`transload simulate FILE`); without, its workers run on this machine
+(`transload serve FILE`).
 
 ```yaml
 {example}```
@@ -69,11 +75,15 @@ def section(title: str, name: str, texts: dict[str, str]) -> str:
 
 def page() -> str:
     """The whole page."""
-    texts = field_texts(ast.parse(Path(spec.__file__).read_text()))
+    texts = {
+        name: fields
+        for module in (parallel, spec)
+        for name, fields in field_texts(ast.parse(Path(module.__file__).read_text())).items()
+    }
     example = (ROOT / "deployments" / "2p1d.yaml").read_text()
     parts = [HEAD.format(example=example), *(section(title, name, texts[name]) for title, name in SECTIONS.items())]
-    top = texts["Deployment"]["seed"]
-    return "".join(parts) + f"\n## seed\n\n{top}\n"
+    ends = [f"\n## {key}\n\n{texts['Deployment'][key]}\n" for key in ("seed", "assume")]
+    return "".join([*parts, *ends])
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Never guesses: "4G" could mean two sizes, so it is refused with both spelled out
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from decimal import Decimal
 
 BYTE_UNITS = {
@@ -27,7 +28,11 @@ SECOND_UNITS = {
     "min": Decimal(60),
     "h": Decimal(3600),
 }
-_QUANTITY = re.compile(r"\s*([0-9]{1,24}(?:\.[0-9]{1,24})?)\s*([A-Za-zµ]*)\s*")
+RATE_UNITS = {
+    **{f"{name}/s": Decimal(size) for name, size in BYTE_UNITS.items()},
+    **{f"{prefix}bit/s": Decimal(size) / 8 for prefix, size in (("M", 10**6), ("G", 10**9), ("T", 10**12))},
+}
+_QUANTITY = re.compile(r"\s*([0-9]{1,24}(?:\.[0-9]{1,24})?)\s*([A-Za-zµ]*(?:/s)?)\s*")
 
 
 def parse_bytes(text: str) -> int:
@@ -59,6 +64,17 @@ def parse_seconds(text: str) -> float:
     return float(number * SECOND_UNITS[unit])
 
 
+def parse_rate(text: str) -> float:
+    """Bytes per second in "50 GB/s" or "400 Gbit/s". Raises ValueError saying what is wrong with the text."""
+    number, unit = _split(text, 'a rate such as "50 GB/s"')
+    if not unit:
+        return float(number)
+    factor = RATE_UNITS.get(unit)
+    if factor is None:
+        raise ValueError(_no_unit(unit, RATE_UNITS, None))
+    return float(number * factor)
+
+
 def _split(text: str, wanted: str) -> tuple[Decimal, str]:
     match = _QUANTITY.fullmatch(text)
     if match is None:
@@ -66,7 +82,7 @@ def _split(text: str, wanted: str) -> tuple[Decimal, str]:
     return Decimal(match[1]), match[2]
 
 
-def _no_unit(unit: str, units: dict[str, int] | dict[str, Decimal], meant: str | None) -> str:
+def _no_unit(unit: str, units: Mapping[str, int] | Mapping[str, Decimal], meant: str | None) -> str:
     ambiguous = meant is not None and unit.upper() in ("K", "M", "G", "T")
     hint = f"; say whether you mean {meant}" if ambiguous else ""
     return f'has no unit known here ("{unit}"){hint}; units: {", ".join(units)}'
@@ -75,6 +91,12 @@ def _no_unit(unit: str, units: dict[str, int] | dict[str, Decimal], meant: str |
 def format_bytes(num_bytes: float) -> str:
     """A size to read, three digits: "755 MiB", "1.50 GiB"."""
     return _scaled(num_bytes, (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)), "B")
+
+
+def format_rate(bytes_per_second: float) -> str:
+    """A rate to read, three digits: "50.0 GB/s"."""
+    scales = (("TB/s", 1e12), ("GB/s", 1e9), ("MB/s", 1e6), ("kB/s", 1e3))
+    return _scaled(bytes_per_second, scales, "B/s")
 
 
 def format_seconds(seconds: float) -> str:
@@ -109,3 +131,15 @@ def exact_seconds(seconds: float) -> str | float:
         return text if parse_seconds(text) == seconds else seconds
     except ValueError:
         return seconds
+
+
+def exact_rate(bytes_per_second: float) -> str | float:
+    """The rate in GB/s or B/s if that is exact, for writing into a file; `parse_rate` reads it back."""
+    for unit in ("GB/s", "B/s"):
+        text = f"{bytes_per_second / float(RATE_UNITS[unit]):.15g} {unit}"
+        try:
+            if parse_rate(text) == bytes_per_second:
+                return text
+        except ValueError:
+            continue
+    return bytes_per_second

@@ -9,6 +9,10 @@ from collections.abc import Callable
 
 from transload.deploy.convert import did_you_mean, refusal
 from transload.deploy.spec import Deployment, Pool
+from transload.errors import DeploymentError
+from transload.hardware.catalog import load_chip, load_link
+from transload.hardware.parallel import Parallel
+from transload.hardware.slots import parse_assumption
 
 Place = Callable[[str], str]
 """Path of a key, such as `pools[1].role`, to where it stands in the file."""
@@ -20,6 +24,7 @@ def check(deployment: Deployment, place: Place) -> None:
     _check_roles(deployment, place)
     _check_blocks(deployment, place)
     _check_links(deployment, place)
+    _check_hardware(deployment, place)
     for index, pool in enumerate(deployment.pools):
         if isinstance(pool.cores, tuple) and len(set(pool.cores)) != len(pool.cores):
             path = f"pools[{index}].cores"
@@ -83,6 +88,40 @@ def _check_links(deployment: Deployment, place: Place) -> None:
         if ends in first:
             raise refusal(place(path), path, f"links[{first[ends]}] joins them already; remove one", value=value)
         first[ends] = index
+
+
+def _check_hardware(deployment: Deployment, place: Place) -> None:
+    """What a simulation needs must exist, and what only a simulation needs must not be taken for more."""
+    named: list[tuple[str, str | None, Callable[[str], object]]]
+    named = [(f"pools[{index}].chip", pool.chip, load_chip) for index, pool in enumerate(deployment.pools)]
+    named += [(f"links[{index}].kind", link.kind, load_link) for index, link in enumerate(deployment.links)]
+    named += [(f"assume[{index}]", text, parse_assumption) for index, text in enumerate(deployment.assume)]
+    for path, text, read in named:
+        if text is None:
+            continue
+        try:
+            read(text)
+        except DeploymentError as error:
+            raise refusal(place(path), path, str(error), value=f'"{text}"') from None
+    for index, pool in enumerate(deployment.pools):
+        if pool.chip is None and pool.parallel != Parallel():
+            path = f"pools[{index}].parallel"
+            problem = (
+                "each worker on this machine has the whole model; "
+                f"name the pool's chip too (pools.{pool.name}.chip) to simulate such a split, or leave this out"
+            )
+            raise refusal(place(path), path, problem)
+
+
+def check_can_be_served(deployment: Deployment) -> None:
+    """Raise `DeploymentError` for pools that are there to be simulated."""
+    for index, pool in enumerate(deployment.pools):
+        if pool.chip is not None:
+            raise DeploymentError(
+                f'pool "{pool.name}": pools[{index}].chip = "{pool.chip}": this pool is one to simulate, and no such '
+                "chip is used here; run `transload simulate` on this file, or leave chip and parallel out to serve on "
+                "this machine"
+            )
 
 
 def _pairs(pools: tuple[Pool, ...]) -> str:

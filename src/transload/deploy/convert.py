@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TypeVar
 
@@ -18,9 +18,15 @@ from msgspec import inspect
 
 from transload.deploy.tree import Items, Leaf, Node, Table
 from transload.errors import DeploymentError
-from transload.units import format_bytes, parse_bytes, parse_seconds
+from transload.units import format_bytes, format_rate, parse_bytes, parse_rate, parse_seconds
 
 Kind = TypeVar("Kind", bound=msgspec.Struct)
+PARSERS: dict[str, Callable[[str], float]] = {
+    "bytes": parse_bytes,
+    "seconds": parse_seconds,
+    "bytes per second": parse_rate,
+}
+"""Readers of what is written with a unit."""
 SHOWN = 60
 """Characters of a wrong value that a message repeats."""
 
@@ -175,7 +181,7 @@ def _quantity(node: Node, kind: inspect.Type, unit: str, path: str) -> object:
     """Text with a unit becomes a plain number; then the range is checked as for any number."""
     if isinstance(node, Leaf) and isinstance(node.value, str):
         try:
-            number = parse_bytes(node.text) if unit == "bytes" else parse_seconds(node.text)
+            number = PARSERS[unit](node.text)
         except ValueError as error:
             problem = f"{error}; wanted {_wanted(kind, unit)}"
             raise refusal(node.where, path, problem, value=show(node)) from None
@@ -236,6 +242,8 @@ def _wanted_number(kind: inspect.IntType | inspect.FloatType, unit: str | None) 
         return f'a size such as "4 GiB" or a number of bytes, at most {format_bytes(float(kind.le or 0))}'
     if unit == "seconds":
         return f'a duration such as "200 ms" or a number of seconds, from {kind.ge:g} to {kind.le:g}'
+    if unit == "bytes per second":
+        return f'a rate such as "50 GB/s" or a number of bytes a second, at most {format_rate(float(kind.le or 0))}'
     noun = "a whole number" if isinstance(kind, inspect.IntType) else "a number"
     if kind.gt is not None:
         return f"{noun} above {kind.gt:g} and at most {kind.le:g}"

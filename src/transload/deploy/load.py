@@ -15,7 +15,7 @@ from transload.deploy.convert import convert
 from transload.deploy.spec import Deployment
 from transload.deploy.tree import FLOAT, INT, Items, Node, Table, parse
 from transload.errors import DeploymentError
-from transload.units import exact_bytes, exact_seconds
+from transload.units import exact_bytes, exact_rate, exact_seconds
 
 
 def load(path: Path) -> Deployment:
@@ -71,6 +71,8 @@ def _plain(value: object, field_name: str) -> object:
             return [_plain(item, field_name) for item in value]
         case int() if field_name.endswith("_bytes"):
             return exact_bytes(value)
+        case float() if field_name.endswith("_per_second"):
+            return exact_rate(value)
         case float() if field_name.endswith("_seconds"):
             return exact_seconds(value)
         case _:

@@ -12,10 +12,17 @@ import msgspec
 from msgspec import Meta
 
 from transload.control.messages import Role
+from transload.hardware.parallel import Parallel
 
 DType = Literal["auto", "float32", "bfloat16"]
 Transport = Literal["auto", "shm", "tcp"]
 Bytes = Annotated[int, Meta(ge=1, le=2**50, extra={"unit": "bytes"})]
+BytesPerSecond = Annotated[float, Meta(gt=0.0, le=1e18, extra={"unit": "bytes per second"})]
+Latency = Annotated[float, Meta(ge=0.0, le=60.0, extra={"unit": "seconds"})]
+NumberFormat = Literal[
+    "bf16", "fp8", "nvfp4", "mxfp4", "int8", "int4", "fp16", "fp32", "fp4", "bfloat16", "float16", "float32"
+]
+"""Formats of a model's numbers in a simulation; the long and the short name of one mean the same."""
 Seconds = Annotated[float, Meta(ge=0.001, le=86_400.0, extra={"unit": "seconds"})]
 Text = Annotated[str, Meta(min_length=1, max_length=4096)]
 Name = Annotated[
@@ -32,9 +39,21 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Base of every mapping in a deployment file: unknown keys are refused."""
 
 
+class PrecisionSpec(Part, frozen=True, kw_only=True):
+    """In which number formats a simulated model is stored and computes. What is not set is as the model is stored."""
+
+    weights: NumberFormat | None = None
+    """Of all matrices of the layers: bf16, fp8, nvfp4, mxfp4, int8, int4, fp16 or fp32."""
+    kv: NumberFormat | None = None
+    """Of the KV cache: what is read at every step, and what crosses."""
+    activations: NumberFormat | None = None
+    """That the matrices are multiplied in; by default that of the weights where the chip computes in it."""
+
+
 class ModelSpec(Part, frozen=True, kw_only=True):
     path: Text = DEFAULT_MODEL
-    """A folder with safetensors, a .gguf file, a hub id (`owner/name`), or the embedded default."""
+    """A folder with safetensors, a .gguf file, a hub id (`owner/name`), or the embedded default. In a simulation also
+    an id of `transload models` or the path of a config.json."""
     revision: Text | None = None
     """Hub revision (branch, tag or commit)."""
     dtype: DType = "auto"
@@ -47,6 +66,8 @@ class ModelSpec(Part, frozen=True, kw_only=True):
     """Longest prompt plus output in tokens; the model's own limit if not set."""
     served_name: Text | None = None
     """Name in the API; the model's own if not set. `default` always works too."""
+    precision: PrecisionSpec | None = None
+    """Number formats in a simulation; by default as the model is stored."""
 
 
 class Limits(Part, frozen=True, kw_only=True):
@@ -69,10 +90,14 @@ class Pool(Part, frozen=True, kw_only=True):
     """cpu, cuda, or cuda:N."""
     threads: Count = 1
     """torch threads of each worker."""
+    chip: Text | None = None
+    """To simulate: an id of `transload chips`, or the path of a chip file. By default this machine's own device."""
+    parallel: Parallel = Parallel()
     cores: Annotated[tuple[Core, ...], Meta(min_length=1)] | Literal["auto", "any"] = "auto"
     """CPU cores to pin the pool's workers to, `threads` each. auto: spread over the machine; any: do not pin."""
     memory_bytes: Bytes | None = msgspec.field(default=None, name="memory")
-    """KV cache of each worker; by default what 4 contexts of full length need, at most a fifth of the memory."""
+    """KV cache of each worker. By default what 4 contexts of full length need, at most a fifth of the memory; on a
+    simulated chip what is left beside the weights."""
     block_size: Annotated[int, Meta(ge=1, le=256)] = 16
     """Tokens in a KV block, a power of two. The same in all pools: prefix keys and handoffs count in blocks."""
     limits: Limits = Limits()
@@ -91,6 +116,16 @@ class Link(Part, frozen=True, kw_only=True):
     """Frames that may be on the way unacknowledged."""
     lease_seconds: Seconds = msgspec.field(default=10.0, name="lease")
     """How long a reservation or a sent cache is held without a sign of life from the other side."""
+    kind: Text | None = None
+    """To simulate: an id of `transload links`, or the path of a link file."""
+    bandwidth_bytes_per_second: BytesPerSecond | None = msgspec.field(default=None, name="bandwidth")
+    """To simulate: of each worker's port, one direction. By default the kind's, times the worker's chips where it is a
+    chip's."""
+    latency_seconds: Latency | None = msgspec.field(default=None, name="latency")
+    """To simulate: before the first byte. By default the kind's."""
+    shared_bandwidth_bytes_per_second: BytesPerSecond | None = msgspec.field(default=None, name="shared_bandwidth")
+    """To simulate: what all transfers between the two pools get together, one direction, as over the trunk between two
+    switches. By default only the workers' own ports limit them."""
 
 
 class Targets(Part, frozen=True, kw_only=True):
@@ -144,3 +179,6 @@ class Deployment(Part, frozen=True, kw_only=True):
     server: Server = Server()
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     """Seeds the requests that bring no seed of their own, and every random choice of the control plane."""
+    assume: tuple[Text, ...] = ()
+    """To simulate: values for what the catalog does not know, such as "efa_trn3.latency=20 us"; listed with the
+    result."""

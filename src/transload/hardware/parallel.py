@@ -9,23 +9,30 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from transload.errors import DeploymentError
 from transload.hardware.model_card import Gqa, Mla, ModelCard
 from transload.hardware.model_facts import count_parameters, kv_elements_per_token_layer
 from transload.hardware.precision import DTYPE_BYTES, Precision
 
+Degree = Annotated[int, Meta(ge=1, le=65_536)]
+
 
 class Parallel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How one worker's model is split. The product of stages and chips a stage is the worker's chips."""
 
-    tensor: int = 1
-    pipeline: int = 1
-    data_attention: int = 1
+    tensor: Degree = 1
+    """Chips that share every matrix and the attention heads."""
+    pipeline: Degree = 1
+    """Stages of layers, one after the other."""
+    data_attention: Degree = 1
     """Attention ranks with requests and KV of their own, so that nobody caches another's."""
-    expert: int = 1
+    expert: Degree = 1
+    """Ways in which the experts are dealt out over a stage's chips; within each way the chips share them."""
 
     @property
     def chips_per_stage(self) -> int:

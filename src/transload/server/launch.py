@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from transload.control.controller import ControllerConfig
+from transload.deploy.check import check_can_be_served
 from transload.deploy.machine import read_machine
 from transload.deploy.placement import place
 from transload.deploy.plan import Placement
@@ -39,6 +40,7 @@ GRACE_SECONDS = 10.0
 def serve(deployment: Deployment, *, ask: str | None = None, once: bool = False, event_log: Path | None = None) -> int:
     """Serve until a signal comes. `ask` sends one chat request as soon as the server is ready; with `once` the server
     stops after it. Returns the exit code. Raises `TransloadError` if it cannot be started."""
+    check_can_be_served(deployment)
     console = Console(stderr=True)
     with reserve_address(deployment.server) as listener:
         files, tokenizer = _find_model(deployment)
