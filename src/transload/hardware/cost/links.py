@@ -1,0 +1,98 @@
+"""Collectives of one worker: which link they cross, and seconds as fixed + per byte. Moves nothing.
+
+A message that leaves the scale-up domain (`scale_up.world_size`) pays the scale-out link for the part that does.
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from transload.hardware.catalog import load_link
+from transload.hardware.chip import Chip, ChipLink
+from transload.hardware.cost.efficiency import Collective, Efficiency
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds of a collective of `b` bytes per chip: fixed + b * per_byte."""
+
+    fixed_seconds: float = 0.0
+    seconds_per_byte: float = 0.0
+
+    def seconds(self, num_bytes: float) -> float:
+        return self.fixed_seconds + num_bytes * self.seconds_per_byte
+
+
+class Reach(msgspec.Struct, frozen=True, kw_only=True):
+    """How the chips of a worker are connected."""
+
+    chips: int
+    domain: int
+    """Chips of the worker within one scale-up domain."""
+
+    @property
+    def domains(self) -> int:
+        return math.ceil(self.chips / self.domain)
+
+
+def reach_of(chip: Chip, num_chips: int) -> Reach:
+    """World size unknown: the chips are taken to be in one domain (see `unknown_domain`)."""
+    world = chip.scale_up.world_size
+    return Reach(chips=num_chips, domain=num_chips if world is None else max(1, min(num_chips, int(world.value))))
+
+
+def link_latency(chip: Chip, name: str, link: ChipLink) -> float:
+    """The latency of a chip's link, or of its kind. Raises `DeploymentError` if neither is known."""
+    if link.latency is not None:
+        return link.latency.value
+    if link.link:
+        kind = load_link(link.link)
+        return kind.need("latency").value
+    return chip.need(f"{name}.latency").value
+
+
+def _fixed(chip: Chip, collective: Collective, reach: Reach) -> float:
+    doublings = math.log2(reach.chips)
+    fixed = collective.base_seconds + collective.doubling_seconds * doublings
+    if collective.link_hops:
+        fixed += collective.link_hops * doublings * link_latency(chip, "scale_up", chip.scale_up)
+    return fixed + (collective.across_seconds if reach.domains > 1 else 0.0)
+
+
+def all_reduce(chip: Chip, efficiency: Efficiency, num_chips: int) -> Message:
+    """Every chip ends with the sum: 2 (n - 1) / n of the message goes through each chip's link; between domains the
+    domain's chips share the work. Per byte of the message."""
+    if num_chips == 1:
+        return Message()
+    reach = reach_of(chip, num_chips)
+    share = efficiency.all_reduce.share
+    inside = 2 * (reach.domain - 1) / reach.domain / (chip.need("scale_up.bandwidth").value * share)
+    across = 0.0
+    if reach.domains > 1:
+        out = chip.need("scale_out.bandwidth").value * share
+        across = 2 * (reach.domains - 1) / reach.domains / reach.domain / out
+    return Message(fixed_seconds=_fixed(chip, efficiency.all_reduce, reach), seconds_per_byte=inside + across)
+
+
+def all_to_all(chip: Chip, efficiency: Efficiency, num_chips: int) -> Message:
+    """Every chip sends to every other; (n - 1) / n of what a chip has leaves it. Per byte that a chip has to send."""
+    if num_chips == 1:
+        return Message()
+    reach = reach_of(chip, num_chips)
+    share = efficiency.all_to_all.share
+    inside = (reach.domain - 1) / reach.chips / (chip.need("scale_up.bandwidth").value * share)
+    across = 0.0
+    if reach.domains > 1:
+        across = (reach.chips - reach.domain) / reach.chips / (chip.need("scale_out.bandwidth").value * share)
+    return Message(fixed_seconds=_fixed(chip, efficiency.all_to_all, reach), seconds_per_byte=max(inside, across))
+
+
+def hop(chip: Chip, efficiency: Efficiency, num_chips: int) -> Message:
+    """From one stage of the pipeline to the next, per byte that one chip sends."""
+    collective = efficiency.p2p
+    reach = reach_of(chip, num_chips)
+    name, link = ("scale_up", chip.scale_up) if reach.domains == 1 else ("scale_out", chip.scale_out)
+    latency = collective.link_hops * link_latency(chip, name, link) if collective.link_hops else 0.0
+    bandwidth = chip.need(f"{name}.bandwidth").value
+    return Message(fixed_seconds=collective.base_seconds + latency, seconds_per_byte=1 / (bandwidth * collective.share))
