@@ -18,6 +18,7 @@ SECTIONS = {
     "model.precision": "PrecisionSpec",
     "pools (a list)": "Pool",
     "pools[].limits": "Limits",
+    "pools[].ffn": "FfnSplit",
     "pools[].parallel": "Parallel",
     "links (a list)": "Link",
     "targets": "Targets",

@@ -61,3 +61,7 @@ class ModelArch(msgspec.Struct, frozen=True, kw_only=True):
         layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
         heads = 1 if self.tied_embeddings else 2
         return self.num_layers * layer + heads * self.vocab_size * self.hidden_size + self.hidden_size
+
+    def num_ffn_parameters(self) -> int:
+        """Those of the weights that an FFN worker has, all layers."""
+        return self.num_layers * 3 * self.hidden_size * self.intermediate_size

@@ -174,7 +174,7 @@ def run_virtual(setup: Setup, *, at_once: bool) -> Labels:
         VirtualWorker(
             engine=engine_config(plan, setup.layout, plan.num_blocks, 1),
             pool=plan.pool,
-            role=plan.role,
+            role=plan.duty,
             layers_per_frame=plan.layers_per_frame or setup.layout.num_layers,
         )
         for plan in setup.placement.workers

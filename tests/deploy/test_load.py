@@ -75,7 +75,7 @@ def test_the_whole_message_names_file_line_path_value_guess_and_choices() -> Non
     text = "pools:\n  - name: decode\n    role: prefil\n"
     assert refusal(text, "deployments/pd.yaml") == (
         'deployments/pd.yaml:3: pools[0].role = "prefil": no such role; did you mean "prefill"? '
-        "allowed: aggregated, decode, prefill"
+        "allowed: aggregated, decode, ffn, prefill"
     )
 
 
@@ -131,7 +131,7 @@ def test_internal_field_names_are_no_keys() -> None:
         ("links: [{between: [prefill, decod]}]", 'links[0].between[1] = "decod": no such pool; did you mean "decode"?'),
         ("links: [{between: [prefill]}]", 'links[0].between = ["prefill"]: wanted a list of 2'),
         ("links: [{transport: tcp}]", 'links[0]: the key "between" is missing: a list of 2'),
-        ("links: [{between: [decode, decode]}]", "no KV crosses between them"),
+        ("links: [{between: [decode, decode]}]", "nothing crosses between them"),
         ("seed: -1", "seed = -1: wanted a whole number from 0"),
         ("serve: {}", 'pd.yaml:6: serve: no such key; did you mean "server"?'),
     ],
@@ -150,7 +150,7 @@ def test_a_wrong_value_is_refused_by_name(addition: str, complaint: str) -> None
         ("just words", 'the file = "just words": wanted a mapping'),
         ("seed: 1", 'the file: the key "pools" is missing: a list'),
         ("pools: []", "pools: an empty list; at least 1 needed"),
-        ("pools: [{name: a}]", 'pools[0]: the key "role" is missing: one of aggregated, decode, prefill'),
+        ("pools: [{name: a}]", 'pools[0]: the key "role" is missing: one of aggregated, decode, ffn, prefill'),
         ("pools: [{name: A_b, role: aggregated}]", 'pools[0].name = "A_b": wanted small letters, digits and hyphens'),
         ("pools: [{name: p, role: prefill}]", "no pool has role decode to take over from it"),
         ("pools: [{name: d, role: decode}]", "no pool has role prefill to prefill for it; add one, or give this pool"),
@@ -161,6 +161,36 @@ def test_a_wrong_value_is_refused_by_name(addition: str, complaint: str) -> None
         (
             "pools:\n- {name: a, role: aggregated}\n- {name: a, role: aggregated}\n",
             'pd.yaml:3: pools[1].name = "a": pools[0] has this name already',
+        ),
+        (
+            "pools: [{name: a, role: aggregated, ffn: {pool: f}}]",
+            'pools[0].ffn.pool = "f": no such pool; pools of role ffn: none',
+        ),
+        (
+            "pools: [{name: a, role: aggregated, ffn: {pool: b}}, {name: b, role: aggregated}]",
+            'pools[0].ffn.pool = "b": has role aggregated, not ffn',
+        ),
+        (
+            "pools: [{name: a, role: aggregated}, {name: f, role: ffn}]",
+            'pools[1].role = "ffn": no pool sends its feed-forwards here; set ffn: {pool: f}',
+        ),
+        (
+            "pools: [{name: f, role: ffn, ffn: {pool: f}}]",
+            "pools[0].ffn: a pool of role ffn does not decode",
+        ),
+        (
+            "pools: [{name: a, role: aggregated, ffn: {pool: f}}, {name: f, role: ffn, memory: 1 GiB}]",
+            "FFN workers have no KV cache",
+        ),
+        (
+            "model: {deterministic: true}\n"
+            "pools: [{name: a, role: aggregated, ffn: {pool: f, split: column}}, {name: f, role: ffn}]",
+            'pools[0].ffn.split = "column": the sum of partial results has other bits',
+        ),
+        (
+            "pools: [{name: a, role: aggregated, ffn: {pool: f, split: column}}, {name: f, role: ffn},\n"
+            " {name: b, role: aggregated, ffn: {pool: f}}]",
+            'pool "a" uses the same FFN workers with split column',
         ),
     ],
 )

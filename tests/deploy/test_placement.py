@@ -302,3 +302,44 @@ def test_workers_elsewhere_take_nothing_of_this_machine() -> None:
 
 def test_a_link_to_workers_elsewhere_is_decided_when_they_meet() -> None:
     assert placed("1p1d", "pools.decode.start=elsewhere").links[0].transport == "auto"
+
+
+# -- feed-forwards elsewhere ------------------------------------------------------------------------------------------
+
+
+def test_attention_and_ffn_workers_each_count_their_own_side_of_the_weights() -> None:
+    whole = placed("1agg").workers[0]
+    attention, ffn = placed("1a1f").workers
+    assert attention.weights_bytes + ffn.weights_bytes == whole.weights_bytes
+    assert ffn.weights_bytes == 30 * 3 * 576 * 1536 * 2
+    assert (ffn.num_blocks, ffn.kv_bytes) == (0, 0)
+    assert attention.num_blocks == whole.num_blocks
+
+
+def test_column_parts_share_the_weights_and_replicas_do_not() -> None:
+    column = placed("1a2f", "pools.aggregated.ffn.split=column").workers[1:]
+    replica = placed("1a2f").workers[1:]
+    assert [2 * worker.weights_bytes for worker in column] == [worker.weights_bytes for worker in replica]
+    assert [(worker.share.part, worker.share.num_parts) for worker in column if worker.share] == [(0, 2), (1, 2)]
+    assert [(worker.share.part, worker.share.num_parts) for worker in replica if worker.share] == [(0, 1), (0, 1)]
+
+
+def test_a_worker_is_told_how_to_reach_the_other_side() -> None:
+    prefill, attention, ffn = placed("1p1a1f", "pools.decode.ffn.micro_batches=3").workers
+    assert prefill.hop is None
+    assert prefill.share is None
+    assert attention.hop is not None
+    assert ffn.share is not None
+    assert (attention.hop.target, attention.hop.transport, attention.hop.split.micro_batches) == ("ffn", "shm", 3)
+    assert ffn.share.max_rows == 512 + 64
+    for worker in (prefill, attention, ffn):
+        assert msgspec.msgpack.decode(msgspec.msgpack.encode(worker), type=WorkerPlan) == worker
+
+
+def test_a_split_that_the_model_has_no_parts_for_does_not_fit() -> None:
+    assert "smollm2 has no experts" in problem("1a1f", "pools.aggregated.ffn.split=expert")
+    assert "5 workers cannot have equal slices of 1536 columns" in problem("1a5f", "pools.aggregated.ffn.split=column")
+
+
+def test_ffn_workers_do_not_limit_the_context() -> None:
+    assert placed("1p1a1f").max_context == placed("1p1d").max_context == 8192

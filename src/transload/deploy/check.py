@@ -22,6 +22,7 @@ def check(deployment: Deployment, place: Place) -> None:
     """Raise `DeploymentError` for the first thing that cannot work, wherever it is run."""
     _check_names(deployment, place)
     _check_roles(deployment, place)
+    _check_ffn(deployment, place)
     _check_blocks(deployment, place)
     _check_links(deployment, place)
     _check_hardware(deployment, place)
@@ -53,9 +54,53 @@ def _check_roles(deployment: Deployment, place: Place) -> None:
             raise refusal(place(path), path, problem, value=f'"{role}"')
 
 
-def _check_blocks(deployment: Deployment, place: Place) -> None:
-    first = deployment.pools[0]
+def _check_ffn(deployment: Deployment, place: Place) -> None:
+    """Who computes whose feed-forwards, and whether both sides can agree on how."""
+    pools = {pool.name: pool for pool in deployment.pools}
+    users: dict[str, Pool] = {}
     for index, pool in enumerate(deployment.pools):
+        path = f"pools[{index}].ffn"
+        if pool.ffn is None:
+            continue
+        if pool.role not in ("decode", "aggregated"):
+            problem = f"a pool of role {pool.role} does not decode; set it on a decode or aggregated pool"
+            raise refusal(place(path), path, problem)
+        there_are = ", ".join(name for name, other in pools.items() if other.role == "ffn") or "none"
+        if pool.ffn.pool not in pools or pools[pool.ffn.pool].role != "ffn":
+            what = f"has role {pools[pool.ffn.pool].role}, not ffn" if pool.ffn.pool in pools else "no such pool"
+            problem = f"{what}; pools of role ffn: {there_are}"
+            raise refusal(place(f"{path}.pool"), f"{path}.pool", problem, value=f'"{pool.ffn.pool}"')
+        if pool.ffn.split == "column" and deployment.model.deterministic:
+            problem = (
+                "the sum of partial results has other bits than the whole, so deterministic mode cannot be kept; "
+                "use split: replica, or turn model.deterministic off"
+            )
+            raise refusal(place(f"{path}.split"), f"{path}.split", problem, value='"column"')
+        first = users.setdefault(pool.ffn.pool, pool)
+        if first.ffn is not None and first.ffn.split != pool.ffn.split:
+            problem = f'pool "{first.name}" uses the same FFN workers with split {first.ffn.split}; they have one'
+            raise refusal(place(f"{path}.split"), f"{path}.split", problem, value=f'"{pool.ffn.split}"')
+    for index, pool in enumerate(deployment.pools):
+        _check_ffn_pool(pool, index, users, place)
+
+
+def _check_ffn_pool(pool: Pool, index: int, users: dict[str, Pool], place: Place) -> None:
+    if pool.role != "ffn":
+        return
+    if pool.name not in users:
+        path = f"pools[{index}].role"
+        problem = f"no pool sends its feed-forwards here; set ffn: {{pool: {pool.name}}} on a decode or aggregated pool"
+        raise refusal(place(path), path, problem, value='"ffn"')
+    if pool.memory_bytes is not None:
+        path = f"pools[{index}].memory"
+        raise refusal(place(path), path, "FFN workers have no KV cache; leave it out", value=str(pool.memory_bytes))
+
+
+def _check_blocks(deployment: Deployment, place: Place) -> None:
+    first = next((pool for pool in deployment.pools if pool.role != "ffn"), deployment.pools[0])
+    for index, pool in enumerate(deployment.pools):
+        if pool.role == "ffn":
+            continue
         path = f"pools[{index}].block_size"
         if pool.block_size & (pool.block_size - 1):
             allowed = "1, 2, 4, 8, 16, 32, 64, 128, 256"
@@ -79,9 +124,12 @@ def _check_links(deployment: Deployment, place: Place) -> None:
                 problem = f"no such pool{guess or ';'} there are: {', '.join(pools)}"
                 raise refusal(place(path), f"{path}[{end}]", problem, value=f'"{name}"')
         value = f"[{', '.join(link.between)}]"
-        if {pools[name].role for name in link.between} != {"prefill", "decode"}:
+        source, target = (pools[name] for name in link.between)
+        is_hop = any(a.ffn is not None and a.ffn.pool == f.name for a, f in ((source, target), (target, source)))
+        if {source.role, target.role} != {"prefill", "decode"} and not is_hop:
             problem = (
-                f"no KV crosses between them; a link joins a prefill and a decode pool: {_pairs(deployment.pools)}"
+                f"nothing crosses between them; a link joins a prefill and a decode pool, or a pool and the one that "
+                f"computes its feed-forwards: {_pairs(deployment.pools)}"
             )
             raise refusal(place(path), path, problem, value=value)
         ends = frozenset(link.between)
@@ -126,4 +174,5 @@ def check_can_be_served(deployment: Deployment) -> None:
 
 def _pairs(pools: tuple[Pool, ...]) -> str:
     pairs = [f"[{p.name}, {d.name}]" for p in pools if p.role == "prefill" for d in pools if d.role == "decode"]
+    pairs += [f"[{pool.name}, {pool.ffn.pool}]" for pool in pools if pool.ffn is not None]
     return ", ".join(pairs) or "there is no such pair here"

@@ -9,11 +9,11 @@ import math
 
 import msgspec
 
-from transload.arch import ModelArch
-from transload.control.messages import Role
+from transload.arch import DTYPE_BYTES, ModelArch
+from transload.control.ffn_messages import Split
 from transload.deploy.placement import PROCESS_BYTES, workspace_bytes
-from transload.deploy.plan import ComputeDtype, LinkPlan, Placement, WorkerPlan
-from transload.deploy.spec import Router, Targets, Transport
+from transload.deploy.plan import ComputeDtype, HopPlan, LinkPlan, Placement, WorkerPlan
+from transload.deploy.spec import PoolRole, Router, Targets, Transport
 
 SHM_BYTES_PER_SECOND = 10e9
 TCP_BYTES_PER_SECOND = 3e9
@@ -55,7 +55,7 @@ class MachineLine(msgspec.Struct, frozen=True, kw_only=True):
 
 class WorkerLine(msgspec.Struct, frozen=True, kw_only=True):
     name: str
-    role: Role
+    role: PoolRole
     starts_here: bool
     device: str
     threads: int
@@ -88,6 +88,22 @@ class LinkLine(msgspec.Struct, frozen=True, kw_only=True):
     tcp_seconds: float
 
 
+class HopLine(msgspec.Struct, frozen=True, kw_only=True):
+    """Activations between an attention pool and the pool that computes its feed-forwards."""
+
+    source: str
+    target: str
+    transport: Transport
+    split: Split
+    micro_batches: int
+    bytes_per_row: int
+    """There and back, for one token in one layer."""
+    bytes_per_token: int
+    """The same through all layers: what each token that is computed costs on this link."""
+    calls_per_step: int
+    fallback: str
+
+
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     """Everything `transload explain` says."""
 
@@ -98,6 +114,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     machine: MachineLine
     workers: tuple[WorkerLine, ...]
     links: tuple[LinkLine, ...]
+    hops: tuple[HopLine, ...]
     targets: Targets
     router: Router
     address: str
@@ -121,6 +138,7 @@ def explain(placement: Placement, facts: ModelFacts, source: str) -> Explanation
         ),
         workers=tuple(_worker_line(worker, placement, facts.arch) for worker in placement.workers),
         links=tuple(_link_line(link, placement, facts.arch) for link in placement.links),
+        hops=tuple(_hop_line(hop, placement, facts.arch) for hop in placement.hops),
         targets=deployment.targets,
         router=deployment.router,
         address=f"http://{deployment.server.host}:{deployment.server.port}/v1",
@@ -181,4 +199,21 @@ def _link_line(link: LinkPlan, placement: Placement, arch: ModelArch) -> LinkLin
         frames_per_prompt=num_chunks * math.ceil(arch.num_layers / link.layers_per_frame),
         shm_seconds=num_bytes / SHM_BYTES_PER_SECOND,
         tcp_seconds=num_bytes / TCP_BYTES_PER_SECOND,
+    )
+
+
+def _hop_line(hop: HopPlan, placement: Placement, arch: ModelArch) -> HopLine:
+    pools = {pool.name: pool for pool in placement.deployment.pools}
+    num_copies = pools[hop.target].workers if hop.split.split == "column" else 1
+    row_bytes = 2 * num_copies * arch.hidden_size * DTYPE_BYTES[placement.dtype]
+    return HopLine(
+        source=hop.source,
+        target=hop.target,
+        transport=hop.transport,
+        split=hop.split.split,
+        micro_batches=hop.split.micro_batches,
+        bytes_per_row=row_bytes,
+        bytes_per_token=row_bytes * arch.num_layers,
+        calls_per_step=hop.split.micro_batches * num_copies * arch.num_layers,
+        fallback=hop.split.fallback,
     )

@@ -12,8 +12,8 @@ import msgspec
 from transload.arch import DTYPE_BYTES, ModelArch
 from transload.deploy.cores import Cores, assign_cores
 from transload.deploy.machine import Gpu, Machine
-from transload.deploy.plan import ComputeDtype, LinkPlan, Placement, WorkerPlan
-from transload.deploy.spec import Deployment, Link, Pool, Transport
+from transload.deploy.plan import ComputeDtype, FfnShare, HopPlan, LinkPlan, Placement, WorkerPlan
+from transload.deploy.spec import Deployment, FfnSplit, Link, Pool, Transport
 from transload.errors import DeploymentError
 from transload.units import format_bytes
 
@@ -66,9 +66,12 @@ def resolve_dtype(deployment: Deployment, machine: Machine) -> ComputeDtype:
     return "bfloat16"
 
 
-def loaded_weights_bytes(arch: ModelArch, dtype: str, device: str) -> int:
-    """Estimate of what the weights take once loaded. On CPU a tied output head is packed, which makes it a copy."""
-    num_weights = arch.num_parameters()
+def loaded_weights_bytes(arch: ModelArch, dtype: str, pool: Pool, device: str, num_parts: int = 1) -> int:
+    """Estimate of what the weights of a pool's worker take once loaded: the whole model, its attention side, or one of
+    `num_parts` parts of its feed-forwards. On CPU a tied output head is packed, which makes it a copy."""
+    if pool.role == "ffn":
+        return math.ceil(arch.num_ffn_parameters() / num_parts) * DTYPE_BYTES[dtype]
+    num_weights = arch.num_parameters() - (arch.num_ffn_parameters() if pool.ffn is not None else 0)
     if device == "cpu" and arch.tied_embeddings:
         num_weights += arch.vocab_size * arch.hidden_size
     return num_weights * DTYPE_BYTES[dtype]
@@ -78,7 +81,14 @@ def workspace_bytes(arch: ModelArch, pool: Pool, dtype: str) -> int:
     """Estimate of a step's intermediate results: rows of hidden state, FFN and queries, and float32 logits."""
     row = 4 * arch.hidden_size + 3 * arch.intermediate_size + 2 * arch.num_heads * arch.head_dim
     rows = max(pool.limits.step_tokens, pool.limits.max_batch)
+    if pool.role == "ffn":
+        return rows * (2 * arch.hidden_size + 3 * arch.intermediate_size) * max(4, DTYPE_BYTES[dtype])
     return rows * row * max(4, DTYPE_BYTES[dtype]) + 2 * pool.limits.max_batch * arch.vocab_size * 4
+
+
+def rows_of_a_step(pool: Pool) -> int:
+    """Most rows that a worker of the pool computes in one step."""
+    return max(pool.limits.step_tokens, pool.block_size) + pool.limits.max_batch
 
 
 def _gpus_of(pool: Pool, machine: Machine) -> tuple[Gpu, ...]:
@@ -121,11 +131,11 @@ class _Planner:
         self.warnings += warnings
         self.problems += problems
         self._check_quota()
-        links = self._links()
+        links, hops = self._links(), self._hops()
         caches = self._caches(devices)
         max_context = self._max_context(caches)
         workers = [
-            self._worker(pool, index, devices[p][index], cores[p][index], caches[p], max_context, links)
+            self._worker(pool, index, devices[p][index], cores[p][index], caches[p], max_context, links, hops)
             for p, pool in enumerate(self.deployment.pools)
             for index in range(pool.workers)
         ]
@@ -137,6 +147,7 @@ class _Planner:
             max_context=max_context,
             workers=tuple(workers),
             links=links,
+            hops=hops,
             warnings=tuple(self.warnings),
             problems=tuple(self.problems),
         )
@@ -150,7 +161,9 @@ class _Planner:
         num_blocks: int,
         max_context: int,
         links: tuple[LinkPlan, ...],
+        hops: tuple[HopPlan, ...],
     ) -> WorkerPlan:
+        share = self._share(pool, index, hops)
         return WorkerPlan(
             name=f"{pool.name}-{index}",
             pool=pool.name,
@@ -165,10 +178,59 @@ class _Planner:
             block_size=pool.block_size,
             num_blocks=num_blocks,
             kv_bytes=num_blocks * self._block_bytes(pool),
-            weights_bytes=loaded_weights_bytes(self.arch, self.dtype, device),
+            weights_bytes=self._weights_bytes(pool, device),
             limits=pool.limits,
             links=tuple(link for link in links if pool.name in (link.source, link.target)),
             seed=self.deployment.seed,
+            hop=next((hop for hop in hops if hop.source == pool.name), None),
+            share=share,
+        )
+
+    def _weights_bytes(self, pool: Pool, device: str) -> int:
+        splits = {
+            user.ffn.split for user in self.deployment.pools if user.ffn is not None and user.ffn.pool == pool.name
+        }
+        num_parts = 1 if splits <= {"replica"} else pool.workers
+        return loaded_weights_bytes(self.arch, self.dtype, pool, device, num_parts)
+
+    # -- feed-forwards elsewhere ---------------------------------------------------------------------------------------
+
+    def _hops(self) -> tuple[HopPlan, ...]:
+        pools = {pool.name: pool for pool in self.deployment.pools}
+        listed = {frozenset(link.between): link for link in self.deployment.links}
+        hops: list[HopPlan] = []
+        for index, pool in enumerate(self.deployment.pools):
+            if pool.ffn is None:
+                continue
+            link = listed.get(frozenset((pool.name, pool.ffn.pool)))
+            transport = self._transport(pool, pools[pool.ffn.pool], link)
+            hops.append(HopPlan(source=pool.name, target=pool.ffn.pool, transport=transport, split=pool.ffn))
+            self._check_split(pool.ffn, pools[pool.ffn.pool], index)
+        return tuple(hops)
+
+    def _check_split(self, split: FfnSplit, ffn: Pool, index: int) -> None:
+        """Whether the model can be cut this way into so many parts."""
+        path = f"pools[{index}].ffn.split"
+        if split.split == "expert":
+            self.problems.append(f'{path} = "expert": {self.arch.name} has no experts; use replica or column')
+        if split.split == "column" and self.arch.intermediate_size % ffn.workers:
+            self.problems.append(
+                f'{path} = "column": {ffn.workers} workers cannot have equal slices of {self.arch.intermediate_size} '
+                f"columns; change pools.{ffn.name}.workers"
+            )
+
+    def _share(self, pool: Pool, index: int, hops: tuple[HopPlan, ...]) -> FfnShare | None:
+        users = [hop for hop in hops if hop.target == pool.name]
+        if not users:
+            return None
+        pools = {other.name: other for other in self.deployment.pools}
+        is_replica = users[0].split.split == "replica"
+        return FfnShare(
+            split=users[0].split.split,
+            part=0 if is_replica else index,
+            num_parts=1 if is_replica else pool.workers,
+            max_wait_seconds=min(hop.split.max_wait_seconds for hop in users),
+            max_rows=max(rows_of_a_step(pools[hop.source]) for hop in users),
         )
 
     # -- devices -------------------------------------------------------------------------------------------------------
@@ -215,15 +277,7 @@ class _Planner:
 
     def _link(self, source: Pool, target: Pool, listed: Link | None) -> LinkPlan:
         link = listed or Link(between=(source.name, target.name))
-        on_cpu = source.device == target.device == "cpu"
-        here = source.start == target.start == "here"
-        transport: Transport = link.transport
-        if here and transport == "auto":
-            transport = "shm" if self.machine.has_memfd and on_cpu else "tcp"
-        elif here and transport == "shm" and not self.machine.has_memfd:
-            self.problems.append(
-                f'link between "{source.name}" and "{target.name}": shm needs Linux; set its transport to tcp'
-            )
+        transport = self._transport(source, target, link)
         layers = link.layers_per_frame or math.ceil(self.arch.num_layers / FRAMES_PER_CHUNK)
         return LinkPlan(
             source=source.name,
@@ -234,6 +288,18 @@ class _Planner:
             lease_seconds=link.lease_seconds,
         )
 
+    def _transport(self, source: Pool, target: Pool, link: Link | None) -> Transport:
+        on_cpu = source.device == target.device == "cpu"
+        here = source.start == target.start == "here"
+        transport: Transport = link.transport if link is not None else "auto"
+        if here and transport == "auto":
+            return "shm" if self.machine.has_memfd and on_cpu else "tcp"
+        if here and transport == "shm" and not self.machine.has_memfd:
+            self.problems.append(
+                f'link between "{source.name}" and "{target.name}": shm needs Linux; set its transport to tcp'
+            )
+        return transport
+
     # -- memory --------------------------------------------------------------------------------------------------------
 
     def _block_bytes(self, pool: Pool) -> int:
@@ -241,7 +307,7 @@ class _Planner:
 
     def _beside_cache(self, pool: Pool, device: str) -> int:
         """Estimate of what a worker needs of its device's memory beside its KV cache."""
-        weights = loaded_weights_bytes(self.arch, self.dtype, device)
+        weights = self._weights_bytes(pool, device)
         return PROCESS_BYTES + weights + workspace_bytes(self.arch, pool, self.dtype)
 
     def _caches(self, devices: list[list[str]]) -> list[int]:
@@ -249,6 +315,9 @@ class _Planner:
         caches: list[int] = []
         for index, pool in enumerate(self.deployment.pools):
             block_bytes = self._block_bytes(pool)
+            if pool.role == "ffn":
+                caches.append(0)
+                continue
             if pool.memory_bytes is not None:
                 caches.append(max(1, pool.memory_bytes // block_bytes))
                 if pool.memory_bytes < block_bytes:
@@ -277,12 +346,13 @@ class _Planner:
         for pool, places in zip(self.deployment.pools, devices, strict=True):
             num_here = places.count(device) if pool.start == "here" else 0
             free -= num_here * (self._beside_cache(pool, device) + (pool.memory_bytes or 0))
-            num_sharing += num_here if pool.memory_bytes is None else 0
+            num_sharing += num_here if pool.memory_bytes is None and pool.role != "ffn" else 0
         return int(max(0.0, min(memory.total_bytes * DEFAULT_SHARE, free / max(1, num_sharing))))
 
     def _max_context(self, caches: list[int]) -> int:
         """What every worker can hold, or the limit if that is less."""
-        pools = self.deployment.pools
+        kept = [index for index, pool in enumerate(self.deployment.pools) if pool.role != "ffn"]
+        pools, caches = [self.deployment.pools[index] for index in kept], [caches[index] for index in kept]
         held = [num_blocks * pool.block_size for pool, num_blocks in zip(pools, caches, strict=True)]
         smallest = min(range(len(pools)), key=lambda index: held[index])
         if held[smallest] >= self.wanted_context:

@@ -6,9 +6,10 @@ from typing import Literal
 
 import msgspec
 
+from transload.control.ffn_messages import Split
 from transload.control.messages import Role
 from transload.deploy.machine import Machine
-from transload.deploy.spec import Deployment, Limits, ModelSpec, Transport
+from transload.deploy.spec import Deployment, FfnSplit, Limits, ModelSpec, PoolRole, Transport
 
 ComputeDtype = Literal["float32", "bfloat16"]
 WireTransport = Transport
@@ -28,13 +29,35 @@ class LinkPlan(msgspec.Struct, frozen=True, kw_only=True):
     lease_seconds: float
 
 
+class HopPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """How activations cross between an attention pool and the pool that computes its feed-forwards."""
+
+    source: str
+    """The attention pool."""
+    target: str
+    """The ffn pool."""
+    transport: WireTransport
+    split: FfnSplit
+
+
+class FfnShare(msgspec.Struct, frozen=True, kw_only=True):
+    """What one FFN worker has of every layer: its `part`-th of `num_parts`, or all of it if it is a replica."""
+
+    split: Split
+    part: int
+    num_parts: int
+    max_wait_seconds: float
+    max_rows: int
+    """Rows of one call, at most: what an attention worker may compute in one step."""
+
+
 class WorkerPlan(msgspec.Struct, frozen=True, kw_only=True):
     """One worker process. Everything it must know beside its name and whom to join."""
 
     name: str
     """`<pool>-<index>`."""
     pool: str
-    role: Role
+    role: PoolRole
     device: str
     """cpu or cuda:N."""
     starts_here: bool
@@ -57,6 +80,16 @@ class WorkerPlan(msgspec.Struct, frozen=True, kw_only=True):
     links: tuple[LinkPlan, ...]
     """Those of its pool."""
     seed: int
+    hop: HopPlan | None = None
+    """Of an attention worker: who computes its feed-forwards. None: it does."""
+    share: FfnShare | None = None
+    """Of an FFN worker: what it computes."""
+
+    @property
+    def duty(self) -> Role:
+        """What the Controller sends it. An FFN worker has none."""
+        assert self.role != "ffn", f"{self.name} is unknown to the Controller"
+        return self.role
 
     @property
     def transports(self) -> dict[str, WireTransport]:
@@ -89,6 +122,7 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     """Longest prompt plus output, in tokens, that every worker can hold."""
     workers: tuple[WorkerPlan, ...]
     links: tuple[LinkPlan, ...]
+    hops: tuple[HopPlan, ...]
     warnings: tuple[str, ...]
     """What will work, but not as one might expect."""
     problems: tuple[str, ...]

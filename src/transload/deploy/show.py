@@ -16,6 +16,7 @@ def show(explanation: Explanation, console: Console) -> None:
     console.print(_worker_table(explanation.workers))
     console.print("[dim]estimates: weights once loaded, other (the process and a step's intermediate results)[/]\n")
     _show_links(explanation, console)
+    _show_hops(explanation, console)
     _show_rules(explanation, console)
     for warning in explanation.warnings:
         console.print(f"[yellow]note[/]  {escape(warning)}")
@@ -65,7 +66,9 @@ def _worker_table(workers: tuple[WorkerLine, ...]) -> Table:
             format_bytes(worker.kv_bytes),
             format_bytes(worker.other_bytes),
             format_bytes(total),
-            f"{worker.num_blocks:,} blocks of {worker.block_size}\n{worker.kv_tokens:,} tokens\n"
+            "no requests"
+            if worker.role == "ffn"
+            else f"{worker.num_blocks:,} blocks of {worker.block_size}\n{worker.kv_tokens:,} tokens\n"
             f"{worker.full_contexts:.1f} full contexts",
         )
     return table
@@ -82,7 +85,8 @@ def _runs_on(worker: WorkerLine) -> str:
 
 def _show_links(explanation: Explanation, console: Console) -> None:
     if not explanation.links:
-        console.print("nothing crosses between workers: each prefills and decodes its own requests\n")
+        if not explanation.hops:
+            console.print("nothing crosses between workers: each prefills and decodes its own requests\n")
         return
     table = Table("from", "to", "over", title="what crosses", title_justify="left", title_style="bold")
     for column in ("a prompt token", f"a {PROMPT_TOKENS:,}-token prompt", "time for it (estimate)"):
@@ -98,6 +102,27 @@ def _show_links(explanation: Explanation, console: Console) -> None:
         )
     console.print(table)
     console.print(f"[dim]{explanation.links[0].crosses}; tokens that the target has cached do not cross[/]\n")
+
+
+def _show_hops(explanation: Explanation, console: Console) -> None:
+    if not explanation.hops:
+        return
+    table = Table("attention", "FFN", "over", "split", title="feed-forwards", title_justify="left", title_style="bold")
+    for column in ("a token and layer", "a token", "calls a step", "without FFN workers"):
+        table.add_column(column, justify="right")
+    for hop in explanation.hops:
+        table.add_row(
+            hop.source,
+            hop.target,
+            hop.transport,
+            hop.split,
+            format_bytes(hop.bytes_per_row),
+            format_bytes(hop.bytes_per_token),
+            f"{hop.calls_per_step} ({hop.micro_batches} micro-batch{'es' if hop.micro_batches > 1 else ''})",
+            "computes here" if hop.fallback == "local" else "requests fail",
+        )
+    console.print(table)
+    console.print("[dim]activations there and back, for every token that is computed[/]\n")
 
 
 def _times(link: LinkLine) -> str:

@@ -11,9 +11,11 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from transload.control.messages import Role
+from transload.control.ffn_messages import Fallback, Split
 from transload.hardware.parallel import Parallel
 
+PoolRole = Literal["aggregated", "prefill", "decode", "ffn"]
+"""What a pool does. Workers of role ffn hold no requests; the Controller knows nothing of them."""
 DType = Literal["auto", "float32", "bfloat16"]
 Transport = Literal["auto", "shm", "tcp"]
 Bytes = Annotated[int, Meta(ge=1, le=2**50, extra={"unit": "bytes"})]
@@ -24,6 +26,7 @@ NumberFormat = Literal[
 ]
 """Formats of a model's numbers in a simulation; the long and the short name of one mean the same."""
 Seconds = Annotated[float, Meta(ge=0.001, le=86_400.0, extra={"unit": "seconds"})]
+ShortSeconds = Annotated[float, Meta(ge=0.0, le=1.0, extra={"unit": "seconds"})]
 Text = Annotated[str, Meta(min_length=1, max_length=4096)]
 Name = Annotated[
     str, Meta(pattern=r"^[a-z][a-z0-9-]{0,39}$", description="small letters, digits and hyphens, a letter first")
@@ -77,13 +80,33 @@ class Limits(Part, frozen=True, kw_only=True):
     """Token budget of one step: long prompts are prefilled in chunks of at most this."""
 
 
+class FfnSplit(Part, frozen=True, kw_only=True):
+    """A pool's feed-forwards are computed by another pool: attention here, FFN there."""
+
+    pool: Name
+    """The pool that computes them, of role ffn."""
+    micro_batches: Annotated[int, Meta(ge=1, le=4)] = 2
+    """Parts of a step in ping-pong: while the feed-forward of one is away, the attention of another runs."""
+    split: Split = "replica"
+    """Which weights an FFN worker has. replica: all; column: a slice of each layer, all workers answer each call and
+    the sums are added up; expert: some experts of each layer."""
+    fallback: Fallback = "local"
+    """When no FFN worker is left. local: load the weights and compute here; error: the requests fail."""
+    timeout_seconds: Seconds = msgspec.field(default=0.5, name="timeout")
+    """After this long without an answer another FFN worker is asked as well."""
+    deadline_seconds: Seconds = msgspec.field(default=10.0, name="deadline")
+    """After this long without an answer the fallback is taken."""
+    max_wait_seconds: ShortSeconds = msgspec.field(default=200e-6, name="max_wait")
+    """How long an FFN worker waits for calls of other attention workers, to compute them together."""
+
+
 class Pool(Part, frozen=True, kw_only=True):
     name: Name
     """Names its workers too: prefill-0, prefill-1, ..."""
-    role: Role
-    """prefill, decode, or aggregated: both."""
+    role: PoolRole
+    """prefill, decode, aggregated: both, or ffn: the feed-forwards of pools that name it."""
     workers: Count = 1
-    """Processes, each with the whole model."""
+    """Processes, each with the whole model, or its side of it."""
     start: Literal["here", "elsewhere"] = "here"
     """here: the server starts the workers. elsewhere: they are started by hand, `transload worker --join HOST:PORT`."""
     device: Device = "cpu"
@@ -101,10 +124,12 @@ class Pool(Part, frozen=True, kw_only=True):
     block_size: Annotated[int, Meta(ge=1, le=256)] = 16
     """Tokens in a KV block, a power of two. The same in all pools: prefix keys and handoffs count in blocks."""
     limits: Limits = Limits()
+    ffn: FfnSplit | None = None
+    """Set on a decode or aggregated pool: its workers compute attention only."""
 
 
 class Link(Part, frozen=True, kw_only=True):
-    """How KV crosses between two pools. Links that are not listed are `auto`."""
+    """How KV crosses between two pools, or activations to an ffn pool. Links that are not listed are `auto`."""
 
     between: tuple[Name, Name]
     """The two pools, in either order."""

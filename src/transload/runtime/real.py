@@ -317,7 +317,7 @@ class RealRuntime:
                 remote.name,
                 remote.incarnation,
                 plan.pool,
-                plan.role,
+                plan.duty,
                 ready.num_blocks,
                 ready.block_size,
                 ready.kv_bytes_per_token,
