@@ -56,6 +56,10 @@ class Part(Protocol):
         """Attention output [T, H * D] of this part's rows of queries; `pieces` is one layer's cache."""
         ...
 
+    def inputs(self) -> list[torch.Tensor]:
+        """What differs between two parts of the same shapes."""
+        ...
+
 
 class Heads:
     """How queries share keys."""
@@ -96,6 +100,10 @@ class Gather:
         keys_LSD, self.values_LSD = memory.view(2, len(blocks_BN) * layout.num_kv_heads, -1, layout.head_dim).unbind(0)
         self.keys_LDS = keys_LSD.transpose(1, 2)
 
+    def inputs(self, bias: torch.Tensor | None) -> list[torch.Tensor]:
+        """Of a part that gathers so and adds this bias."""
+        return [self._numbers] if bias is None else [self._numbers, bias]
+
     def load(self, pieces: torch.Tensor) -> None:
         """Fill `keys_LDS` and `values_LSD` from one layer's cache, over what another part or layer left there."""
         torch.index_select(pieces, 0, self._numbers, out=self._gathered)
@@ -134,8 +142,12 @@ class DecodeGroup:
             blocks_BN[row, : len(own)] = own
             blocks_BN[row, len(own) :] = own[0]  # any block of finite numbers; its weight will be zero
         self._gather = Gather(site.cache, blocks_BN, site.scratch)
-        self._first_biased, hidden_B1S = _hidden_keys(spans, firsts, num_blocks * size, size, window)
+        whole = site.cache.tensor.device.type != "cpu"
+        self._first_biased, hidden_B1S = _hidden_keys(spans, firsts, num_blocks * size, size, window, whole=whole)
         self._bias_B1S = site.bias(hidden_B1S) if hidden_B1S.numel() else None
+
+    def inputs(self) -> list[torch.Tensor]:
+        return self._gather.inputs(self._bias_B1S)
 
     def attend(self, q_THD: torch.Tensor, pieces: torch.Tensor) -> torch.Tensor:
         heads, gather = self._heads, self._gather
@@ -168,6 +180,9 @@ class PromptTiles:
             bias = site.bias(_hidden(span.start + low, last, biased_from, last, window))
             self._tiles.append((slice(low, high), slice(first - origin, last - origin), bias))
 
+    def inputs(self) -> list[torch.Tensor]:
+        return [*self._gather.inputs(None), *(bias for _, _, bias in self._tiles)]
+
     def attend(self, q_THD: torch.Tensor, pieces: torch.Tensor) -> torch.Tensor:
         heads, gather = self._heads, self._gather
         gather.load(pieces)
@@ -198,6 +213,9 @@ class FlashPrompt:
         self._bias: torch.Tensor | None = None
         if window is not None and span.end - origin > window:
             self._bias = site.bias(_hidden(span.start, span.end, origin, span.end, window))
+
+    def inputs(self) -> list[torch.Tensor]:
+        return self._gather.inputs(self._bias)
 
     def attend(self, q_THD: torch.Tensor, pieces: torch.Tensor) -> torch.Tensor:
         """Rows [T, H, D] of queries to rows [T, H * D]."""
@@ -235,6 +253,9 @@ class AlignedTile:
         blocks_1N[0, : len(own)] = own
         self._gather = Gather(site.cache, blocks_1N, site.scratch)
         self._bias = site.bias(_hidden(tile_start, tile_start + ALIGNED_ROWS, first, last, window))
+
+    def inputs(self) -> list[torch.Tensor]:
+        return self._gather.inputs(self._bias)
 
     def attend(self, q_THD: torch.Tensor, pieces: torch.Tensor) -> torch.Tensor:
         heads, gather = self._heads, self._gather
@@ -295,13 +316,16 @@ def _hidden(first_query: int, last_query: int, first_key: int, last_key: int, wi
 
 
 def _hidden_keys(
-    spans: Sequence[Span], firsts: Sequence[int], num_keys: int, size: int, window: int | None
+    spans: Sequence[Span], firsts: Sequence[int], num_keys: int, size: int, window: int | None, *, whole: bool
 ) -> tuple[int, torch.Tensor]:
-    """From which gathered key on some are hidden from a row, and which: bool [B, 1, keys from there on]."""
+    """From which gathered key on some are hidden from a row, and which: bool [B, 1, keys from there on].
+
+    `whole`: from the first on, so that the shape does not follow the contexts as they grow.
+    """
     origins = np.array(firsts, dtype=np.int64) * size
     ends = np.array([span.end for span in spans], dtype=np.int64) - origins
     starts = np.array([_first_key(span.start, window) for span in spans], dtype=np.int64) - origins
-    first = 0 if starts.any() else int(ends.min())
+    first = 0 if whole or starts.any() else int(ends.min())
     keys = np.arange(first, num_keys)[None, :]
     hidden = (keys >= ends[:, None]) | (keys < starts[:, None])
     return first, torch.from_numpy(hidden[:, None, :])

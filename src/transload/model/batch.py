@@ -63,6 +63,13 @@ class Batch:
         self.kept = kept  # int64 [R]: rows of T
         self.drawn = drawn  # int64 [R]: places in `kept`, in the order of the chunks that sample
 
+    def inputs(self) -> list[torch.Tensor]:
+        """Every tensor that differs from one batch of these shapes to the next."""
+        plans = list(dict.fromkeys(self.plans))
+        of_plans = [tensor for plan in plans for part in plan.parts for tensor in part.inputs()]
+        rows = [self.token_ids, self.key_rows, self.value_rows, self.drawn]
+        return [*rows, *self.rotation.inputs(), *of_plans]
+
 
 class BatchBuilder:
     """Builds batches for one model over one cache."""

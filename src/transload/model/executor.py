@@ -19,6 +19,7 @@ from transload.model.llama import LlamaModel
 from transload.model.rope import RotaryEmbedding
 from transload.model.sampler import Sampler
 from transload.model.staging import HostStage
+from transload.model.step_graphs import StepGraphs
 from transload.transfer.layout import KvLayout
 
 DEFAULT_LAYERS_PER_FRAME = 4
@@ -64,6 +65,7 @@ class TorchExecutor:
             device=model.device,
         )
         self._sampler = Sampler()
+        self._graphs = StepGraphs(model) if StepGraphs.suits(model) else None
 
     @property
     def layout(self) -> KvLayout:
@@ -92,8 +94,11 @@ class TorchExecutor:
         streams = any(chunk.streams for chunk in step.chunks)
         if self._stage is not None:
             self._stage.fetch(step.arrived)
-        residual_RE = self._run_layers(batch, self._reporter(step, layers_ready) if streams else None)
         sampled: tuple[Sampled, ...] = ()
+        if self._graphs is not None and self._graphs.takes(step.chunks):
+            sampled = self._sampler.sample(self._graphs.logits(batch), step.chunks)
+            return StepDone(step=step.step, sampled=sampled, seconds=perf_counter() - started)
+        residual_RE = self._run_layers(batch, self._reporter(step, layers_ready) if streams else None)
         if len(residual_RE):
             logits_RV = self._model.attention.logits(residual_RE)
             sampled = self._sampler.sample(logits_RV, [chunk for chunk in step.chunks if chunk.samples])

@@ -103,6 +103,10 @@ class Rotation:
         self._out_THD = cos_T1D.new_empty(num_rows, num_heads, head_dim)
         self._low_THF, self._high_THF = self._out_THD.chunk(2, -1)
 
+    def inputs(self) -> list[torch.Tensor]:
+        """What differs from step to step."""
+        return [self._cos_T1D, self._sin_T1F, self._minus_sin_T1F]
+
     def __call__(self, x_THD: torch.Tensor) -> torch.Tensor:
         """The rotated rows; they stay as they are until the next call."""
         low_THF, high_THF = x_THD.chunk(2, -1)

@@ -1,0 +1,96 @@
+"""Decode steps on a GPU as CUDA graphs: recorded once for a shape, replayed in one launch.
+
+A step of a small batch is a thousand small kernels, and launching them takes longer than running them. Owns which
+shapes are recorded and the tensors a recording reads; computes nothing of its own. Prompts, feed-forwards that are
+computed elsewhere and deterministic mode never come here.
+
+A recording reads the tensors of the batch it was made with: a later batch of the same shape is copied into them. Those
+of the cache and the weights are where they always are.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+
+from transload.control.messages import Chunk
+from transload.model.attention import DecodeGroup
+from transload.model.batch import Batch
+from transload.model.llama import FeedForward, LlamaModel
+
+MOST_GRAPHS = 64
+"""Recordings kept, least recently used first out. They share one pool of memory for intermediate results."""
+REMEMBERED_SHAPES = 1024
+
+Shape = tuple[tuple[int, ...], ...]
+
+
+class Recording:
+    """One graph, the batch whose tensors it reads, and the logits it leaves."""
+
+    __slots__ = ("batch", "graph", "logits_RV")
+
+    def __init__(self, batch: Batch, graph: torch.cuda.CUDAGraph, logits_RV: torch.Tensor) -> None:
+        self.batch = batch
+        self.graph = graph
+        self.logits_RV = logits_RV
+
+
+class StepGraphs:
+    """Runs whole decode steps of one model, recording a shape when it comes a second time."""
+
+    def __init__(self, model: LlamaModel) -> None:
+        self._model = model
+        self._recordings: OrderedDict[Shape, Recording] = OrderedDict()
+        self._seen: OrderedDict[Shape, None] = OrderedDict()
+        self._pool = torch.cuda.graph_pool_handle()
+
+    @staticmethod
+    def suits(model: LlamaModel) -> bool:
+        """Whether all of a step's shapes follow from the batch: not where rows are dealt out to experts."""
+        dense = all(type(layer) is FeedForward for layer in model.feed_forwards)
+        return model.device.type == "cuda" and not model.deterministic and dense
+
+    def takes(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether every chunk is one token that draws the next and goes nowhere else."""
+        return all(chunk.num_tokens == 1 and chunk.samples and not chunk.streams for chunk in chunks)
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """[R, V], in the order of the chunks. Valid until the next step."""
+        tensors = batch.inputs()
+        shape = tuple(tuple(tensor.shape) for tensor in tensors)
+        found = self._recordings.get(shape)
+        if found is not None:
+            self._recordings.move_to_end(shape)
+            for target, source in zip(found.batch.inputs(), tensors, strict=True):
+                target.copy_(source, non_blocking=True)
+            found.graph.replay()
+            return found.logits_RV
+        if shape in self._seen and all(isinstance(part, DecodeGroup) for plan in batch.plans for part in plan.parts):
+            return self._record(shape, batch)
+        self._seen[shape] = None
+        if len(self._seen) > REMEMBERED_SHAPES:
+            self._seen.popitem(last=False)
+        return self._compute(batch)
+
+    def _record(self, shape: Shape, batch: Batch) -> torch.Tensor:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            logits_RV = self._compute(batch)
+        self._recordings[shape] = Recording(batch, graph, logits_RV)
+        if len(self._recordings) > MOST_GRAPHS:
+            self._recordings.popitem(last=False)
+        graph.replay()  # recording computes nothing
+        return logits_RV
+
+    def _compute(self, batch: Batch) -> torch.Tensor:
+        calls = self._model.attention.run(batch)
+        try:
+            call = next(calls)
+            while True:
+                call = calls.send(self._model.feed_forwards[call.layer](call.hidden))
+        except StopIteration as finished:
+            residual_RE: torch.Tensor = finished.value
+        return self._model.attention.logits(residual_RE)
