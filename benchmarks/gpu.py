@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def peers(shape: str, device: torch.device, cases: list[dict[str, int]], repeats
 
             def step(cache: Any = cache, one: torch.Tensor = one, length: int = context - 1) -> None:
                 model(one, past_key_values=cache).logits[:, -1].argmax(-1).tolist()
-                cache.crop(length)
+                cache.crop(length - cache.get_seq_length())
 
             found[key_of(case)] = seconds_of(step, repeats)
     return found
@@ -199,7 +200,7 @@ def main() -> int:
         "schema": "transload-gpu-1",
         "device": torch.cuda.get_device_name(),
         "machine": msgspec.to_builtins(machine_facts()),
-        "versions": versions(),
+        "versions": versions() | {name: version(name) for name in ("transformers",)},
         "commit": commit.stdout.strip(),
         "shape": arguments.shape,
         "limits": measured,

@@ -91,6 +91,25 @@ def engine(result: dict[str, Any]) -> str:
     return text + table(result["columns"], result["rows"]) + origin(result)
 
 
+def gpu(result: dict[str, Any]) -> str:
+    rows: list[list[object]] = []
+    for row in result["rows"]:
+        what = f"decode, batch {row['num_decode']}" if row["num_decode"] else "prefill"
+        times = f"{row['times_transformers']:.2f}x" if "times_transformers" in row else ""
+        rate = f"{row['tokens_per_second']:,.0f}"
+        rows.append([what, row["tokens"], rate, f"{1e3 * row['seconds']:.2f}", f"{row['share_of_limit']:.0%}", times])
+    limits = result["limits"]
+    text = (
+        f"\n## One GPU: {result['device']}, {result['shape']} shape\n\nWhole steps of the engine in bfloat16 with random "
+        "weights, sampling included. The limit is the larger of reading weights and keys once at the rate of a large "
+        f"copy ({limits['copy_bytes_per_second'] / 1e12:.2f} TB/s) and the linear layers' FLOPs at the rate of a large "
+        f"product ({limits['gemm_flops_per_second'] / 1e12:.0f} TFLOP/s), both measured in the same run; beside it "
+        f"transformers ({result['versions'].get('transformers', 'version not recorded')}) doing the same steps.\n\n"
+    )
+    columns = ["step", "tokens of context", "tokens/s", "ms a step", "of the limit", "times transformers"]
+    return text + table(columns, rows) + origin(result)
+
+
 def torture(result: dict[str, Any]) -> str:
     rows: list[list[object]] = [[name, f"{value:,}"] for name, value in result["counts"].items()]
     text = (
@@ -107,6 +126,8 @@ SECTIONS = {
     "interference.json": interference,
     "handoff.json": handoff,
     "front_end.json": front_end,
+    "gpu-llama-1b-h100.json": gpu,
+    "gpu-llama-8b-h100.json": gpu,
     "torture.json": torture,
 }
 

@@ -70,6 +70,26 @@ def test_deterministic_mode_gives_the_same_bits_whatever_the_batch_and_the_chunk
         assert torch.equal(alone.logits[0], crowd.logits[1])
 
 
+@pytest.mark.parametrize("name", ["smollm2", "mistral"])
+def test_recorded_steps_give_the_tokens_of_steps_that_are_launched(name: str) -> None:
+    oracle = oracle_of(name)
+    recorded, launched = stepper_of(oracle, device="cuda"), stepper_of(oracle, device="cuda")
+    launched.executor._graphs = None
+    crowds = [[made.add(prompt_of(length), max_tokens=128) for length in (9, 40, 100)] for made in (recorded, launched)]
+    for made, crowd in zip((recorded, launched), crowds, strict=True):
+        for running in crowd:
+            made.prefill(running)
+    for number in range(90):  # the third joins late and the second leaves early, so shapes change and come again
+        present = [place for place in range(3) if not (place == 2 and number < 30) and not (place == 1 and number > 60)]
+        for made, crowd in zip((recorded, launched), crowds, strict=True):
+            made.step(*((crowd[place], 1) for place in present))
+        torch.testing.assert_close(recorded.logits, launched.logits, atol=1e-3, rtol=1e-3)
+    assert [running.tokens for running in crowds[0]] == [running.tokens for running in crowds[1]]
+    graphs = recorded.executor._graphs
+    assert graphs is not None
+    assert 2 <= len(graphs._recordings) <= 40
+
+
 def test_a_handoff_through_host_memory_goes_on_with_the_same_tokens() -> None:
     oracle = oracle_of("qwen3")
     arch = arch_of(oracle)
