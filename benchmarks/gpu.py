@@ -160,6 +160,7 @@ def main() -> int:
     parser.add_argument("--shape", choices=SHAPES, default="llama-1b")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--commit", help="for the record, where git cannot tell")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu.py: torch finds no CUDA device", file=sys.stderr)
@@ -201,7 +202,7 @@ def main() -> int:
         "device": torch.cuda.get_device_name(),
         "machine": msgspec.to_builtins(machine_facts()),
         "versions": versions() | {name: version(name) for name in ("transformers",)},
-        "commit": commit.stdout.strip(),
+        "commit": arguments.commit or commit.stdout.strip(),
         "shape": arguments.shape,
         "limits": measured,
         "rows": rows,
