@@ -102,7 +102,7 @@ def gpu(result: dict[str, Any]) -> str:
     text = (
         f"\n## One GPU: {result['device']}, {result['shape']} shape\n\nWhole steps of the engine in bfloat16 with "
         "random weights, sampling included. The limit is the larger of reading weights and keys once at the rate of "
-        f"a large copy ({limits['copy_bytes_per_second'] / 1e12:.2f} TB/s) and the linear layers' FLOPs at the rate of a large "
+        f"a large copy ({limits['copy_bytes_per_second'] / 1e12:.2f} TB/s) and the linear layers' FLOPs at that of a large "
         f"product ({limits['gemm_flops_per_second'] / 1e12:.0f} TFLOP/s), both measured in the same run; beside it "
         f"transformers ({result['versions'].get('transformers', 'version not recorded')}) doing the same steps.\n\n"
     )
