@@ -99,12 +99,13 @@ def gpu(result: dict[str, Any]) -> str:
         rate = f"{row['tokens_per_second']:,.0f}"
         rows.append([what, row["tokens"], rate, f"{1e3 * row['seconds']:.2f}", f"{row['share_of_limit']:.0%}", times])
     limits = result["limits"]
+    copy, product = limits["copy_bytes_per_second"] / 1e12, limits["gemm_flops_per_second"] / 1e12
+    peer = result["versions"].get("transformers", "version not recorded")
     text = (
         f"\n## One GPU: {result['device']}, {result['shape']} shape\n\nWhole steps of the engine in bfloat16 with "
-        "random weights, sampling included. The limit is the larger of reading weights and keys once at the rate of "
-        f"a large copy ({limits['copy_bytes_per_second'] / 1e12:.2f} TB/s) and the linear layers' FLOPs at that of a large "
-        f"product ({limits['gemm_flops_per_second'] / 1e12:.0f} TFLOP/s), both measured in the same run; beside it "
-        f"transformers ({result['versions'].get('transformers', 'version not recorded')}) doing the same steps.\n\n"
+        "random weights, sampling included. The limit is the larger of reading weights and keys once at the rate of a "
+        f"large copy ({copy:.2f} TB/s) and the linear layers' FLOPs at that of a large product ({product:.0f} TFLOP/s), "
+        f"both measured in the same run; beside it transformers ({peer}) doing the same steps.\n\n"
     )
     columns = ["step", "tokens of context", "tokens/s", "ms a step", "of the limit", "times transformers"]
     return text + table(columns, rows) + origin(result)
