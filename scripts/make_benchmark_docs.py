@@ -104,7 +104,7 @@ def gpu(result: dict[str, Any]) -> str:
     text = (
         f"\n## One GPU: {result['device']}, {result['shape']} shape\n\nWhole steps of the engine in bfloat16 with "
         "random weights, sampling included. The limit is the larger of reading weights and keys once at the rate of a "
-        f"large copy ({copy:.2f} TB/s) and the linear layers' FLOPs at that of a large product ({product:.0f} TFLOP/s), "
+        f"large copy ({copy:.2f} TB/s) and the layers' FLOPs at that of a large product ({product:.0f} TFLOP/s), "
         f"both measured in the same run; beside it transformers ({peer}) doing the same steps.\n\n"
     )
     columns = ["step", "tokens of context", "tokens/s", "ms a step", "of the limit", "times transformers"]
