@@ -19,10 +19,10 @@ FROZEN = {
     "serve": f"--ask --event-log --once {DEPLOYMENT}",
     "chat": "--api-key --ask --max-tokens --model --system --temperature URL",
     "bench": (
-        "--api-key --arrivals --attainment --body --concurrency --cv --duration --end --endpoint --ids --input "
-        "--input-cv --json --model --no-ignore-eos --output --output-cv --prompt --ramp-to --rate --records --requests "
-        "--seed --shared-prefix --shrink --speedup --start --temperature --think --timeout --tpot --trace "
-        "--trace-format --ttft --turns --warmup URL"
+        "--api-key --arrivals --attainment --body --concurrency --csv --cv --duration --end --endpoint "
+        "--event-log --html --ids --input --input-cv --json --model --no-ignore-eos --output --output-cv --prompt "
+        "--ramp-to --rate --records --requests --seed --shared-prefix --shrink --speedup --start --temperature "
+        "--think --timeout --tpot --trace --trace-format --ttft --turns --warmup URL"
     ),
     "explain": f"--json --yaml {DEPLOYMENT}",
     "doctor": "--host --json --port",
@@ -30,6 +30,7 @@ FROZEN = {
     "chips": "--assume --json NAME",
     "models": "--batch --context --json --kv --skew --weights NAME",
     "links": "--assume --json NAME",
+    "report": "--csv --event-log --html --perfetto --title RESULTS",
 }
 """Every subcommand and flag. Scripts out there use them: taking one away or renaming it breaks somebody."""
 LIGHT = {"torch", "numpy", "yaml", "rich", "starlette", "uvicorn", "httpx", "tokenizers", "asyncio", "msgspec"}

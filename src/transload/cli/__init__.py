@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from transload import __version__
-from transload.cli import bench, chat, chips, doctor, explain, links, models, serve, worker
+from transload.cli import bench, chat, chips, doctor, explain, links, models, report, serve, worker
 from transload.errors import TransloadError
 
-COMMANDS = (serve, chat, bench, explain, doctor, worker, chips, models, links)
+COMMANDS = (serve, chat, bench, explain, doctor, worker, chips, models, links, report)
 EXAMPLES = """\
 examples:
   transload serve                                one prefill and one decode worker on this machine
@@ -26,6 +26,7 @@ examples:
   transload serve --topology 1agg --port 9000    shorthand
   transload chat                                 talk to it
   transload explain deployments/2p1d.yaml        what would run where, and whether it fits
+  transload report bench.json -o page.html       a result as a page to look at
   transload doctor                               what this machine can do
   transload chips b200                           what is known of a chip, and where it is from
   transload models deepseek-v3 --batch 64        parameters, bytes and FLOPs of a model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transload.errors import DeploymentError
@@ -91,6 +92,11 @@ def _add_result(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--tpot", type=duration, help="target for the time per output token, such as 50ms")
     group.add_argument("--attainment", type=_share, default=0.95, help="share that must meet them (default 0.95)")
     group.add_argument("--json", metavar="FILE", help="write the result; - for stdout")
+    group.add_argument("--html", metavar="FILE", help="write the result as one page to look at")
+    group.add_argument("--csv", metavar="FOLDER", help="write requests and series as CSV files")
+    group.add_argument(
+        "--event-log", metavar="FOLDER", type=Path, help="of the server, on this host: pools and links on the page"
+    )
     group.add_argument("--records", action="store_true", help="with the times of every token in the JSON")
 
 
@@ -118,6 +124,9 @@ def run(args: argparse.Namespace) -> int:
             num_warmup=args.warmup,
             json_path=args.json,
             with_records=args.records,
+            html_path=args.html,
+            csv_path=args.csv,
+            event_log=args.event_log,
             command=without_secrets(sys.argv),
         )
     )

@@ -7,6 +7,7 @@ import contextlib
 import resource
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,14 +20,18 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from transload.deploy.spec import Targets
 from transload.errors import DeploymentError, TransloadError
+from transload.runtime.base import Waterfall
+from transload.study.curves import latency_curves
 from transload.study.http_client import HttpClient, parse_url
 from transload.study.loadgen import LoadGenerator
 from transload.study.metrics import RequestRecord, Summary, summarize
 from transload.study.provenance import MachineFacts, machine_facts, versions
 from transload.study.summary_table import show_summary
 from transload.study.target import Endpoint, Target, discover
+from transload.study.told import fetch_waterfalls
 from transload.study.workload import ClosedLoop, Fixed, Synthetic, Workload, synthetic
 
+SCHEMA = "transload-bench-1"
 EXIT_ALL_FAILED = 1
 EXIT_INTERRUPTED = 130
 PROGRESS_SECONDS = 0.25
@@ -54,6 +59,11 @@ class Bench:
     json_path: str | None = None
     """Where the result goes as JSON; "-": stdout, and the table to stderr."""
     with_records: bool = False
+    html_path: str | None = None
+    csv_path: str | None = None
+    """A folder."""
+    event_log: Path | None = None
+    """Where the server writes its event logs, for the page."""
     command: tuple[str, ...] = ()
     """What was typed, for the record; must hold no secret."""
 
@@ -69,7 +79,7 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
 class Result(msgspec.Struct, frozen=True, kw_only=True):
     """The JSON file."""
 
-    schema: str = "transload-bench-1"
+    schema: str = SCHEMA
     command: tuple[str, ...]
     started_at: str
     machine: MachineFacts
@@ -81,6 +91,12 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     summary: Summary
     error_details: list[str]
     """Each once."""
+    curves: dict[str, tuple[float, ...]] = {}
+    """See `study/curves.py`."""
+    waterfalls: tuple[Waterfall, ...] = ()
+    """Of a few requests, if the server tells: of median and of greatest latencies."""
+    clock_seconds: float | None = None
+    """When the run began on this machine's monotonic clock, which event logs are written by."""
     records: list[RequestRecord] | None = None
 
 
@@ -89,7 +105,8 @@ def run_bench(bench: Bench) -> int:
 
     Raises `DeploymentError` for options that cannot be, `TransloadError` if no server answers.
     """
-    _check_json_path(bench.json_path)
+    _check_path("--json", bench.json_path)
+    _check_path("--html", bench.html_path)
     _allow_many_connections()
     console = Console(stderr=bench.json_path == "-", highlight=False)
     try:
@@ -98,6 +115,7 @@ def run_bench(bench: Bench) -> int:
         return EXIT_INTERRUPTED
     show_summary(result.summary, records, console, title=f"{bench.workload.name} -> {result.server.model}")
     _write(result, bench.json_path)
+    _report(bench, result, records)
     if result.was_interrupted:
         return EXIT_INTERRUPTED
     return EXIT_ALL_FAILED if result.summary.num_successful == 0 else 0
@@ -115,10 +133,12 @@ async def _measure(bench: Bench, console: Console) -> tuple[Result, list[Request
         generator = LoadGenerator(client, target, bench.workload, timeout_seconds=bench.timeout_seconds)
         with _stop_on_interrupt(generator) as interruption, _progress(console) as progress:
             shown = asyncio.create_task(_show_progress(progress, generator, bench.workload))
+            clock_seconds = time.monotonic()
             try:
                 records = await generator.run()
             finally:
                 shown.cancel()
+        waterfalls = () if interruption.happened else await fetch_waterfalls(client, records)
     finally:
         await client.close()
     result = Result(
@@ -138,6 +158,9 @@ async def _measure(bench: Bench, console: Console) -> tuple[Result, list[Request
         was_interrupted=interruption.happened,
         summary=summarize(records, bench.targets),
         error_details=sorted({f"{r.error}: {r.error_detail}" for r in records if r.error is not None}),
+        curves=latency_curves(records),
+        waterfalls=waterfalls,
+        clock_seconds=clock_seconds,
         records=records if bench.with_records else None,
     )
     return result, records
@@ -241,14 +264,28 @@ def _allow_many_connections() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _check_json_path(path: str | None) -> None:
+def _check_path(flag: str, path: str | None) -> None:
     """Refuse before the run what would be lost after it."""
     if path is None or path == "-":
         return
     if Path(path).is_dir():
-        raise DeploymentError(f"--json {path}: this is a folder; name a file in it")
+        raise DeploymentError(f"{flag} {path}: this is a folder; name a file in it")
     if not Path(path).absolute().parent.is_dir():
-        raise DeploymentError(f"--json {path}: the folder {Path(path).absolute().parent} does not exist; make it first")
+        raise DeploymentError(f"{flag} {path}: the folder {Path(path).absolute().parent} does not exist; make it first")
+
+
+def _report(bench: Bench, result: Result, records: list[RequestRecord]) -> None:
+    if bench.html_path is None and bench.csv_path is None:
+        return
+    from transload.study.report import sources, tables, write_page
+    from transload.study.timeline import read_timeline
+
+    timeline = None if bench.event_log is None else read_timeline(bench.event_log)
+    shown = sources.measured_result(result, records, name=result.server.model, timeline=timeline)
+    if bench.html_path is not None:
+        write_page([shown], bench.html_path)
+    if bench.csv_path is not None:
+        tables.write_csv([shown], [shown.name], bench.csv_path)
 
 
 def _write(result: Result, path: str | None) -> None:

@@ -154,6 +154,7 @@ class LoadGenerator:
             num_output_tokens=len(token_seconds) if num_output_tokens is None else num_output_tokens,
             num_output_asked=due.arrival.num_output_tokens,
             num_cached_tokens=answer.num_cached_tokens,
+            answer_id=answer.id,
             error=error,
             error_detail=answer.error_detail if error is not None else "",
             interrupted=interrupted,

@@ -41,6 +41,8 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     num_output_asked: int
     num_cached_tokens: int | None = None
     """Of the prompt, as the server told."""
+    answer_id: str | None = None
+    """What the server calls it."""
     error: ErrorKind | None = None
     error_detail: str = ""
     interrupted: bool = False

@@ -150,6 +150,9 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """That computing it took."""
     was_interrupted: bool = False
     summary: Summary
+    curves: dict[str, tuple[float, ...]] = {}
+    """Distributions of `ttft`, `tpot`, `itl` and `end_to_end` in seconds: their values at evenly spaced shares from 0
+    to 1 (see `curves.py`). What is missing is not known."""
     num_rejected: int = 0
     """Refused at the border, counted among the failed."""
     num_recovered: int = 0

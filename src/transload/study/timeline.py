@@ -20,6 +20,7 @@ from transload.control.messages import (
     EngineEvent,
     HandoffFailed,
     KvVerified,
+    LinkMeasured,
     Load,
     Message,
     Preempted,
@@ -50,6 +51,10 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     num_prefill_tokens: int
     num_decode: int
     """Requests that decode in it."""
+    num_requests: int
+    """That have tokens in it."""
+    num_steps: int = 1
+    """More: a run of steps of the same requests, one after another."""
 
     @property
     def kind(self) -> str:
@@ -122,6 +127,12 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True):
 
     pools: dict[str, tuple[str, str]]
     """Worker: its pool and role."""
+    kv_tokens: dict[str, int]
+    """Worker: the tokens its KV cache holds."""
+    transports: tuple[str, ...]
+    """What carries KV between workers, as they told."""
+    clock_seconds: float
+    """When it began, on the clock of the run."""
     duration_seconds: float
     steps: tuple[Step, ...]
     num_steps_left_out: int
@@ -169,6 +180,8 @@ class TimelineRecorder:
         self._began: float | None = None
         self._last = 0.0
         self._pools: dict[str, tuple[str, str]] = {}
+        self._kv_tokens: dict[str, int] = {}
+        self._transports: set[str] = set()
         self._steps: list[Step] = []
         self._num_left_out = 0
         self._unreported: dict[str, deque[tuple[float, float]]] = {}
@@ -199,9 +212,15 @@ class TimelineRecorder:
                 pass
 
     def add_step(
-        self, worker: str, start_seconds: float, end_seconds: float, num_prefill_tokens: int, num_decode: int
+        self,
+        worker: str,
+        start_seconds: float,
+        end_seconds: float,
+        num_prefill_tokens: int,
+        num_decode: int,
+        num_steps: int = 1,
     ) -> None:
-        """A step that is known otherwise than by its events, on the clock of the run."""
+        """A step, or a run of them, that is known otherwise than by its events, on the clock of the run."""
         began = self._began or 0.0
         self._keep(
             Step(
@@ -210,6 +229,8 @@ class TimelineRecorder:
                 end_seconds=end_seconds - began,
                 num_prefill_tokens=num_prefill_tokens,
                 num_decode=num_decode,
+                num_requests=num_decode + (num_prefill_tokens > 0),
+                num_steps=num_steps,
             )
         )
 
@@ -218,6 +239,9 @@ class TimelineRecorder:
         unfinished = [live.close(request, "unfinished", self._last) for request, live in self._live.items()]
         return Timeline(
             pools=dict(sorted(self._pools.items())),
+            kv_tokens=self._kv_tokens,
+            transports=tuple(sorted(self._transports)),
+            clock_seconds=self._began or 0.0,
             duration_seconds=self._last,
             steps=tuple(sorted(self._steps, key=lambda step: (step.start_seconds, step.worker))),
             num_steps_left_out=self._num_left_out,
@@ -242,8 +266,11 @@ class TimelineRecorder:
                 self._end(request, reason, now)
             case WorkerJoined(worker, incarnation, pool, role):
                 self._pools[worker] = pool, role
+                self._kv_tokens[worker] = event.num_blocks * event.block_size
                 if incarnation > 1:
                     self._mark(worker, now, f"joined again, incarnation {incarnation}")
+            case LinkMeasured(_, _, transport) if transport:
+                self._transports.add(transport)
             case WorkerGone(worker, _, reason):
                 self._unreported.pop(worker, None)
                 self._mark(worker, now, f"lost: {reason}")
@@ -343,6 +370,7 @@ class TimelineRecorder:
                 end_seconds=end,
                 num_prefill_tokens=load.step_prefill_tokens,
                 num_decode=load.step_decode_tokens,
+                num_requests=load.step_requests,
             )
         )
 

@@ -92,7 +92,12 @@ def _steps(timeline: Timeline, pids: dict[str, int]) -> Iterator[TraceEvent]:
             "pid": pids[step.worker],
             "tid": STEPS_TID,
             "cname": _STEP_COLORS[step.kind],
-            "args": {"prefill tokens": step.num_prefill_tokens, "decoding requests": step.num_decode},
+            "args": {
+                "prefill tokens": step.num_prefill_tokens,
+                "decoding requests": step.num_decode,
+                "requests": step.num_requests,
+                "steps": step.num_steps,
+            },
         }
 
 
