@@ -22,6 +22,7 @@ from transload.control.messages import (
     Cancel,
     Chunk,
     Emitted,
+    EndRun,
     EngineCommand,
     EngineEvent,
     EngineReport,
@@ -41,6 +42,7 @@ from transload.control.messages import (
     Reserved,
     Run,
     RunStep,
+    Sampled,
     SendsDrained,
     Started,
     StepDone,
@@ -48,10 +50,10 @@ from transload.control.messages import (
     TimerFired,
     ToController,
     Token,
-    TokenLogprobs,
     WorkerId,
 )
 from transload.control.prefix import root_key
+from transload.control.step_run import StepRun, hold_computed
 from transload.control.work import Work
 
 
@@ -69,6 +71,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     step_tokens: int = 512
     lease_seconds: float = 10.0
     seed: int = 0
+    run_steps: int = 1
+    """Most steps of an unchanged batch that are planned, and reported, at once. More than one is for whoever computes
+    them in closed form: a worker that really computes takes up what comes in after each step."""
 
 
 class Engine:
@@ -95,6 +100,7 @@ class Engine:
         self._chunks: tuple[tuple[Work, Chunk], ...] = ()  # of the step under way
         self._arrived: list[int] = []  # blocks filled by other workers that no step has taken in yet
         self._num_taken_in = 0  # of them, by the step under way
+        self._run = StepRun(config.run_steps)
         self._cache_sequence = 0
         self._last_load: Load | None = None
 
@@ -130,6 +136,8 @@ class Engine:
                 self._step_failed(reason)
         self._admit()
         self._start_step()
+        if self._run.repeats > 1 and self._run.must_end(self.pool):
+            self._out.append(EndRun(self._step))
         self._report_changes()
         commands = self._out.copy()
         self._out.clear()
@@ -205,6 +213,7 @@ class Engine:
     def _begin(self, work: Work) -> None:
         work.phase = "running"
         self._running[work.request.id] = work
+        self._run.is_stale = True
 
     def _open_receive(self, work: Work) -> None:
         request_id = work.request.id
@@ -220,22 +229,30 @@ class Engine:
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def _start_step(self) -> None:
-        if self._chunks or not self._running:
+        if self._chunks or not (self._running or self._run.length):
             return
+        planned = self._plan()
+        continues = self._run.goes_on_with([work for work, _ in planned])
+        if self._run.length and not continues:
+            self._report_run()
+        if planned:
+            self._step += 1
+            repeats = self._run.plan(self.pool)
+            self._chunks = tuple([(work, self._chunk(work, num_tokens)) for work, num_tokens in planned])
+            chunks = tuple([chunk for _, chunk in self._chunks])
+            self._out.append(RunStep(self._step, chunks, tuple(self._arrived), repeats, continues))
+            self._num_taken_in = len(self._arrived)
+
+    def _plan(self) -> list[tuple[Work, int]]:
         decoding = [work for work in self._running.values() if work.is_decoding]
         decoding = [work for work in decoding if self._grow(work)]
         prefilling = [work for work in self._running.values() if work.phase == "running" and not work.is_decoding]
-        planned = plan_chunks(
+        return plan_chunks(
             (work for work in decoding if work.phase == "running"),
             prefilling,
             step_tokens=self.config.step_tokens,
             block_size=self.config.block_size,
         )
-        if planned:
-            self._step += 1
-            self._chunks = tuple((work, self._chunk(work, num_tokens)) for work, num_tokens in planned)
-            self._out.append(RunStep(self._step, tuple(chunk for _, chunk in self._chunks), tuple(self._arrived)))
-            self._num_taken_in = len(self._arrived)
 
     def _chunk(self, work: Work, num_tokens: int) -> Chunk:
         work.in_step = True
@@ -296,31 +313,34 @@ class Engine:
         del self._arrived[: self._num_taken_in]  # not if it fails: then others may still find them by their keys
         sampled = {item.request: item for item in done.sampled}
         tokens: list[Token] = []
-        num_decode = 0
+        num_decode = num_tokens = 0
         for work, chunk in chunks:
             work.in_step = False
+            num_tokens += chunk.num_tokens
             num_decode += chunk.num_tokens == 1 and chunk.num_outputs > 0
             if work.failed:
                 self._free(work)
                 continue
             if work.sender is not None:
                 work.sender.chunk_done(self._complete_blocks(work, chunk))
-            work.num_computed += chunk.num_tokens
+            work.num_computed += chunk.num_tokens + done.count - 1
+            if done.count > 1:
+                hold_computed(work, self.pool)
             self._register_blocks(work)
             if chunk.samples:
-                drawn = sampled[work.request.id]
-                tokens.append(self._take_token(work, drawn.token, drawn.logprobs))
+                tokens.append(self._take_tokens(work, sampled[work.request.id]))
         if tokens:
             self._report(Emitted(self.config.worker, tuple(tokens)))
-        num_tokens = sum(chunk.num_tokens for _, chunk in chunks)
-        self._report_load(done.seconds, len(chunks), num_tokens - num_decode, num_decode)
+        self._run.add(done.count, done.seconds, (len(chunks), num_tokens - num_decode, num_decode))
+        if self._run.length >= self.config.run_steps:
+            self._report_run()
 
-    def _take_token(self, work: Work, token: int, logprobs: TokenLogprobs | None) -> Token:
+    def _take_tokens(self, work: Work, drawn: Sampled) -> Token:
         index = work.num_outputs
-        work.append(token)
+        work.append(drawn.token, drawn.more)
         sampling = work.request.sampling
         finish: Literal["stop", "length"] | None = None
-        if token in sampling.stop_ids and work.num_outputs >= sampling.min_tokens:
+        if work.tokens[-1] in sampling.stop_ids and work.num_outputs >= sampling.min_tokens:
             finish = "stop"
         elif work.num_outputs >= work.request.max_tokens:
             finish = "length"
@@ -329,7 +349,7 @@ class Engine:
         elif work.sender is not None:
             del self._running[work.request.id]
             self.exchange.send_done(work)
-        return Token(work.request.id, work.epoch, index, token, finish, logprobs)
+        return Token(work.request.id, work.epoch, index, drawn.token, finish, drawn.logprobs, drawn.more)
 
     def _register_blocks(self, work: Work) -> None:
         """Make the blocks that have just become full findable."""
@@ -398,6 +418,7 @@ class Engine:
         self._forget(work)
         if work.in_step:
             work.failed = True
+            self._run.is_stale = True
         elif work.phase == "receiving" and work.receiver is not None:
             self.exchange.abort_receive(work, reason)
         else:
@@ -429,10 +450,15 @@ class Engine:
             self._cache_sequence += 1
             self._report(CacheChanged(self.config.worker, self._cache_sequence, stored, evicted))
         if not self._chunks:
-            self._report_load(0.0, 0, 0, 0)
+            self._report_load(0.0, (0, 0, 0), 1)
 
-    def _report_load(self, step_seconds: float, num_requests: int, num_prefill: int, num_decode: int) -> None:
-        """After a step, and when something changed while idle."""
+    def _report_run(self) -> None:
+        """The steps since the last report, all of the same requests."""
+        seconds, num_steps = self._run.take()
+        self._report_load(seconds, self._run.shape, num_steps)
+
+    def _report_load(self, step_seconds: float, shape: tuple[int, int, int], num_steps: int) -> None:
+        """After a step or a run of them, and when something changed while idle."""
         pool = self.pool
         holds_nothing = not (self._works or self._chunks or self.exchange.num_open)
         load = Load(
@@ -447,14 +473,15 @@ class Engine:
             blocks_total=pool.num_blocks,
             blocks_leaked=pool.num_referenced if holds_nothing else 0,
             step_seconds=step_seconds,
-            step_requests=num_requests,
-            step_prefill_tokens=num_prefill,
-            step_decode_tokens=num_decode,
+            step_requests=shape[0],
+            step_prefill_tokens=shape[1],
+            step_decode_tokens=shape[2],
+            num_steps=num_steps,
         )
         if step_seconds or self._last_load is None or load != self._last_load:
             self._report(load)
             self._last_load = msgspec.structs.replace(
-                load, step_seconds=0.0, step_requests=0, step_prefill_tokens=0, step_decode_tokens=0
+                load, step_seconds=0.0, step_requests=0, step_prefill_tokens=0, step_decode_tokens=0, num_steps=1
             )
 
     def check(self) -> None:

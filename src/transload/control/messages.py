@@ -77,7 +77,8 @@ class TokenLogprobs(Message, frozen=True):
 
 
 class Token(Message, frozen=True):
-    """The `index`-th output token of a request. `finish` is set on the last one."""
+    """The `index`-th output token of a request, and `more` that followed it in the same run of steps. `finish` is set
+    if the last of them is the last of the text."""
 
     request: RequestId
     epoch: int
@@ -85,6 +86,7 @@ class Token(Message, frozen=True):
     token: int
     finish: Literal["stop", "length"] | None = None
     logprobs: TokenLogprobs | None = None
+    more: tuple[int, ...] = ()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,14 +214,16 @@ class Sampled(Message, frozen=True):
     request: RequestId
     token: int
     logprobs: TokenLogprobs | None = None
+    more: tuple[int, ...] = ()  # drawn in the steps that followed, if several were run at once
 
 
 class StepDone(Message, frozen=True):
-    """The step is computed; `seconds` is how long the chip worked on it."""
+    """The step is computed, or `count` steps of it, each a token further; `seconds` is how long the chip worked."""
 
     step: int
     sampled: tuple[Sampled, ...]
     seconds: float
+    count: int = 1
 
 
 class StepFailed(Message, frozen=True):
@@ -315,12 +319,21 @@ class RunStep(msgspec.Struct, frozen=True, gc=False):
     """Compute these chunks in one forward pass. One step at a time; answered by `StepDone` or `StepFailed`.
 
     `arrived` are the blocks that other workers have filled since the last step: an executor whose cache is not the
-    memory that links write to fetches them first.
+    memory that links write to fetches them first. Whoever likes may go on with the same requests, each a token
+    further, up to `repeats` steps in all, and answer for all of them at once: nothing is planned before that.
     """
 
     step: int
     chunks: tuple[Chunk, ...]
     arrived: tuple[int, ...] = ()
+    repeats: int = 1
+    continues: bool = False  # the requests of the step before, each a token further
+
+
+class EndRun(Message, frozen=True):
+    """Let the step under way be the last of its run: there is something new to plan."""
+
+    step: int
 
 
 class SendFrame(Message, frozen=True):
@@ -461,7 +474,7 @@ class CacheChanged(Message, frozen=True):
 
 
 class Load(Message, frozen=True):
-    """A worker's state after a step, for routing and metrics."""
+    """A worker's state after a step or a run of steps, for routing and metrics."""
 
     worker: WorkerId
     num_running: int
@@ -473,10 +486,11 @@ class Load(Message, frozen=True):
     blocks_quarantined: int
     blocks_total: int
     blocks_leaked: int  # referenced although nothing is held here: must be 0
-    step_seconds: float  # of the last step
+    step_seconds: float  # of the last step; of a run, on average
     step_requests: int
     step_prefill_tokens: int
     step_decode_tokens: int
+    num_steps: int = 1  # in the run
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -588,5 +602,5 @@ class RestartWorker(Message, frozen=True):
     after_seconds: float
 
 
-EngineCommand = RunStep | SendFrame | CancelSends | ExpectKv | ForgetKv | ToController | SetTimer | CancelTimer
+EngineCommand = RunStep | EndRun | SendFrame | CancelSends | ExpectKv | ForgetKv | ToController | SetTimer | CancelTimer
 ControllerCommand = ToWorker | Stream | Finish | Reject | RestartWorker | SetTimer | CancelTimer

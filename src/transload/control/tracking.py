@@ -97,6 +97,8 @@ class Tracked:
         ready: list[Token] = []
         while (following := self.pending.pop(len(self.outputs), None)) is not None:
             self.outputs.append(following.token)
+            if following.more:
+                self.outputs += following.more
             ready.append(following)
         return ready
 

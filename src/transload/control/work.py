@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from transload.control.handoff import KvReceiver, KvSender
@@ -72,11 +73,13 @@ class Work:
         """Whether one token a step is all it needs now."""
         return self.num_known - self.num_computed == 1 and self.num_outputs > 0
 
-    def append(self, token: int) -> None:
-        """A token was drawn."""
+    def append(self, token: int, more: Sequence[int] = ()) -> None:
+        """A token was drawn, and perhaps more after it."""
         self.tokens.append(token)
-        self.num_outputs += 1
-        self.num_known += 1
+        if more:
+            self.tokens += more
+        self.num_outputs += 1 + len(more)
+        self.num_known += 1 + len(more)
 
     @property
     def outputs(self) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ from transload.control.messages import (
     CancelSends,
     CancelTimer,
     EngineCommand,
+    EndRun,
     EngineEvent,
     EngineReport,
     ExpectKv,
@@ -291,6 +292,8 @@ class WorkerProcess:
                 self._timers[key] = self._loop.call_later(after_seconds, self._timer_due, key)
             case CancelTimer(key):
                 self._cancel_timer(key)
+            case EndRun():
+                pass  # every step is a run of its own here
 
     def _cancel_timer(self, key: str) -> None:
         handle = self._timers.pop(key, None)
