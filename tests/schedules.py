@@ -9,6 +9,7 @@ from tests.world import World, expected_end
 from transload.control.controller import ControllerConfig
 from transload.control.messages import Chunk, Frame, HandoffFailed, KvData, RequestFailed, RunStep, WorkerId
 from transload.runtime.cluster import faithful, never_fails
+from transload.runtime.flows import Port, Wire
 
 HOUR = 3600.0
 PATIENCE = 600.0
@@ -56,8 +57,11 @@ class UnevenCost:
     def step_seconds(self, _worker: WorkerId, chunks: Sequence[Chunk]) -> float:
         return self.step_floor_seconds + 0.0007 * sum(chunk.num_tokens for chunk in chunks)
 
-    def frame_seconds(self, _source: WorkerId, _target: WorkerId, num_bytes: int) -> float:
-        return 1e-4 + num_bytes / self.link_bytes_per_second
+    def decode_line(self, _worker: WorkerId, _num_decode: int) -> tuple[float, float] | None:
+        return None
+
+    def wire(self, _source: WorkerId, _target: WorkerId) -> Wire:
+        return Wire([Port(self.link_bytes_per_second)], 1e-4)
 
     def message_seconds(self) -> float:
         return self.random.random() * self.longest_message_seconds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
@@ -171,7 +171,7 @@ class World:
 
     # -- the sink ----------------------------------------------------------------------------------------------------
 
-    def stream(self, command: Stream, now: float) -> None:
+    def stream(self, command: Stream, times: Sequence[float]) -> None:
         token = command.token
         assert token.request not in self.finished, "a token after the end"
         assert token.index == len(self.tokens[token.request]), "tokens in order, without gap"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ class Silent:
     def __init__(self) -> None:
         self.ended: list[RequestId] = []
 
-    def stream(self, command: Stream, now: float) -> None:
+    def stream(self, command: Stream, times: Sequence[float]) -> None:
         pass
 
     def finish(self, command: Finish, now: float) -> None:

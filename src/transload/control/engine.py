@@ -17,6 +17,7 @@ import msgspec
 from transload.control.batcher import plan_chunks
 from transload.control.blocks import BlockPool
 from transload.control.exchange import Exchange, Failed, Outcome, Released, Verified
+from transload.control.load_report import NO_STEP, LoadReport
 from transload.control.messages import (
     CacheChanged,
     Cancel,
@@ -29,7 +30,6 @@ from transload.control.messages import (
     HandoffFailed,
     KvVerified,
     LayersReady,
-    Load,
     PeerFrame,
     PeerLost,
     PeerUp,
@@ -102,7 +102,7 @@ class Engine:
         self._num_taken_in = 0  # of them, by the step under way
         self._run = StepRun(config.run_steps)
         self._cache_sequence = 0
-        self._last_load: Load | None = None
+        self._load = LoadReport(config.worker, self.pool)
 
     def handle(self, event: EngineEvent, now: float) -> list[EngineCommand]:
         """Take in one fact; return what is to be done about it, in order."""
@@ -309,6 +309,7 @@ class Engine:
 
     def _step_done(self, done: StepDone) -> None:
         assert done.step == self._step, f"step {done.step} returned while step {self._step} runs"
+        self._step += done.count - 1
         chunks, self._chunks = self._chunks, ()
         del self._arrived[: self._num_taken_in]  # not if it fails: then others may still find them by their keys
         sampled = {item.request: item for item in done.sampled}
@@ -326,9 +327,12 @@ class Engine:
             work.num_computed += chunk.num_tokens + done.count - 1
             if done.count > 1:
                 hold_computed(work, self.pool)
+            drawn = sampled[work.request.id] if chunk.samples else None
+            if drawn is not None:
+                work.append(drawn.token, drawn.more)
             self._register_blocks(work)
-            if chunk.samples:
-                tokens.append(self._take_tokens(work, sampled[work.request.id]))
+            if drawn is not None:
+                tokens.append(self._take_tokens(work, drawn))
         if tokens:
             self._report(Emitted(self.config.worker, tuple(tokens)))
         self._run.add(done.count, done.seconds, (len(chunks), num_tokens - num_decode, num_decode))
@@ -336,8 +340,8 @@ class Engine:
             self._report_run()
 
     def _take_tokens(self, work: Work, drawn: Sampled) -> Token:
-        index = work.num_outputs
-        work.append(drawn.token, drawn.more)
+        """What has just been drawn is one of the request's tokens now: say so, and whether it is the last."""
+        index = work.num_outputs - 1 - len(drawn.more)
         sampling = work.request.sampling
         finish: Literal["stop", "length"] | None = None
         if work.tokens[-1] in sampling.stop_ids and work.num_outputs >= sampling.min_tokens:
@@ -450,7 +454,7 @@ class Engine:
             self._cache_sequence += 1
             self._report(CacheChanged(self.config.worker, self._cache_sequence, stored, evicted))
         if not self._chunks:
-            self._report_load(0.0, (0, 0, 0), 1)
+            self._report_load(0.0, NO_STEP, 1)
 
     def _report_run(self) -> None:
         """The steps since the last report, all of the same requests."""
@@ -458,31 +462,16 @@ class Engine:
         self._report_load(seconds, self._run.shape, num_steps)
 
     def _report_load(self, step_seconds: float, shape: tuple[int, int, int], num_steps: int) -> None:
-        """After a step or a run of them, and when something changed while idle."""
-        pool = self.pool
-        holds_nothing = not (self._works or self._chunks or self.exchange.num_open)
-        load = Load(
-            worker=self.config.worker,
-            num_running=len(self._running),
-            num_waiting=len(self._waiting),
-            waiting_prefill_tokens=sum(work.num_known - work.num_computed for work in self._waiting),
-            blocks_free=pool.num_free,
-            blocks_referenced=pool.num_referenced,
-            blocks_cached=pool.num_cached,
-            blocks_quarantined=pool.num_quarantined,
-            blocks_total=pool.num_blocks,
-            blocks_leaked=pool.num_referenced if holds_nothing else 0,
+        load = self._load.make(
+            len(self._running),
+            self._waiting,
+            holds_nothing=not (self._works or self._chunks or self.exchange.num_open),
             step_seconds=step_seconds,
-            step_requests=shape[0],
-            step_prefill_tokens=shape[1],
-            step_decode_tokens=shape[2],
+            shape=shape,
             num_steps=num_steps,
         )
-        if step_seconds or self._last_load is None or load != self._last_load:
+        if load is not None:
             self._report(load)
-            self._last_load = msgspec.structs.replace(
-                load, step_seconds=0.0, step_requests=0, step_prefill_tokens=0, step_decode_tokens=0, num_steps=1
-            )
 
     def check(self) -> None:
         """Assert every invariant of the worker. For tests, after any event."""
@@ -494,6 +483,11 @@ class Engine:
     def _held_works(self) -> list[Work]:
         held = list(self._works.values())
         return held + [work for work, _ in self._chunks if work.failed]
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have no blocks yet."""
+        return len(self._waiting)
 
     @property
     def is_idle(self) -> bool:

@@ -38,8 +38,8 @@ class StepRun:
         return False
 
     def plan(self, pool: BlockPool) -> int:
-        """How many steps these requests can be taken through with nothing to decide: nobody ends before the last, and
-        the free blocks are enough."""
+        """How many steps these requests can be taken through with nothing to decide or to tell: nobody ends before the
+        last, and the free blocks are enough."""
         self.is_stale = False
         self.repeats = 1
         if self.most_steps > 1 and self._is_decode and self._works:
@@ -48,6 +48,8 @@ class StepRun:
                 remaining = work.request.max_tokens - work.num_outputs
                 if work.request.sampling.stop_ids:
                     return 1
+                if work.request.prompt:  # then a block that gets full can be named, for others to find
+                    remaining = min(remaining, pool.block_size - work.num_computed % pool.block_size)
                 if remaining < repeats:
                     repeats = remaining
             self.repeats = repeats

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import msgspec
 
@@ -16,6 +16,7 @@ from transload.control.messages import (
     Frame,
     KvData,
     KvDone,
+    Load,
     Reject,
     Role,
     RunStep,
@@ -24,6 +25,9 @@ from transload.control.messages import (
     TransferId,
     WorkerId,
 )
+from transload.runtime.decode_run import DecodeRun
+from transload.runtime.flight import Flight
+from transload.runtime.flows import Flow, Wire
 
 
 class VirtualWorker(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,9 +44,25 @@ class VirtualWorker(msgspec.Struct, frozen=True, kw_only=True):
 class VirtualSink(Protocol):
     """Where the results of a virtual run go."""
 
-    def stream(self, command: Stream, now: float) -> None: ...
-    def finish(self, command: Finish, now: float) -> None: ...
-    def reject(self, command: Reject, now: float) -> None: ...
+    def stream(self, command: Stream, times: Sequence[float], /) -> None:
+        """One or more tokens, and when each was there."""
+
+    def finish(self, command: Finish, now: float, /) -> None: ...
+    def reject(self, command: Reject, now: float, /) -> None: ...
+
+
+class Watcher(Protocol):
+    """Is told how the time was spent."""
+
+    def steps(
+        self, worker: WorkerId, start: float, end: float, num_steps: int, num_prefill_tokens: int, num_decode: int, /
+    ) -> None:
+        """Steps of the same shape, one after the other."""
+
+    def sent(self, source: WorkerId, target: WorkerId, start: float, end: float, num_bytes: int, /) -> None:
+        """A frame of KV was on the wire."""
+
+    def load(self, load: Load, now: float, /) -> None: ...
 
 
 class KvContents(Protocol):
@@ -75,9 +95,14 @@ class KvContents(Protocol):
 class Link:
     """One direction between two workers: frames wait for the one on the wire."""
 
-    def __init__(self) -> None:
+    def __init__(self, source: LiveWorker, target: LiveWorker, wire: Wire, rank: int) -> None:
+        self.source = source
+        self.target = target
+        self.wire = wire
+        self.rank = rank
         self.queue: deque[SendFrame] = deque()
         self.current: SendFrame | None = None
+        self.flow: Flow | None = None
         self.drains: list[CancelSends] = []
         self.is_open = True
 
@@ -93,20 +118,34 @@ class Link:
 
 
 class LiveWorker:
-    """A live incarnation: its engine, its clock, and what it may be written by whom."""
+    """A live incarnation: its engine, its clock, the step it is in, and what it may be written by whom."""
 
-    def __init__(self, spec: VirtualWorker, incarnation: int) -> None:
+    def __init__(self, spec: VirtualWorker, index: int, incarnation: int) -> None:
         self.spec = spec
+        self.name = spec.engine.worker
+        self.index = index
+        """Its place among the workers, for the order of what happens at the same time."""
         self.incarnation = incarnation
         # another seed: a transfer must not be named like one of the incarnation before
         self.engine = Engine(msgspec.structs.replace(spec.engine, seed=spec.engine.seed + (incarnation << 32)))
+        self.is_alive = True
         self.clock_offset_seconds = 0.0
-        self.backlog: deque[Callable[[], None]] | None = None
+        self.backlog: deque[tuple[Callable[..., None], tuple[Any, ...]]] | None = None
         """What waits for a paused worker; None while it runs."""
         self.is_declared_gone = False
         self.links: dict[WorkerId, Link] = {}
         """Outgoing ones, as far as its engine has heard of them."""
         self.permissions: dict[tuple[TransferId, int], ExpectKv] = {}
+        self.step: RunStep | None = None
+        self.step_began = 0.0
+        self.step_version = 0
+        """Goes up when the end of its step is known anew: an end that was foretold before does not count."""
+        self.run: DecodeRun | None = None
+        """The steps its step is one of, if they only decode."""
+        self.emission: tuple[DecodeRun, int, int] | None = None
+        """While its engine is told of a run of steps: the run, and which of its steps."""
+        self.flights: deque[Flight] = deque()
+        """Tokens of runs of steps, on their way to the controller."""
 
 
 FrameFault = Callable[[WorkerId, WorkerId, Frame], "list[tuple[float, Frame, int]]"]

@@ -8,13 +8,23 @@ from typing import Protocol
 import msgspec
 
 from transload.control.messages import Chunk, WorkerId
+from transload.runtime.flows import Port, Wire
 
 
 class CostModel(Protocol):
     """The same work as a duration, in seconds."""
 
     def step_seconds(self, worker: WorkerId, chunks: Sequence[Chunk], /) -> float: ...
-    def frame_seconds(self, source: WorkerId, target: WorkerId, num_bytes: int, /) -> float: ...
+
+    def decode_line(self, worker: WorkerId, num_decode: int, /) -> tuple[float, float] | None:
+        """(fixed, per context token) of a step in which so many requests each compute a token and nobody a prompt.
+        None: no such line; then every step is asked for by itself."""
+        ...
+
+    def wire(self, source: WorkerId, target: WorkerId, /) -> Wire:
+        """The way from one worker to another, asked for once for each pair that meets."""
+        ...
+
     def message_seconds(self) -> float: ...
     def start_seconds(self, worker: WorkerId, /) -> float: ...
 
@@ -35,8 +45,11 @@ class LinearCost(msgspec.Struct, frozen=True, kw_only=True):
         context = sum(chunk.start + chunk.num_tokens for chunk in chunks)
         return self.step_floor_seconds + num_tokens * self.seconds_per_token + context * self.seconds_per_context_token
 
-    def frame_seconds(self, _source: WorkerId, _target: WorkerId, num_bytes: int) -> float:
-        return self.link_latency_seconds + num_bytes / self.link_bytes_per_second
+    def decode_line(self, _worker: WorkerId, num_decode: int) -> tuple[float, float] | None:
+        return self.step_floor_seconds + num_decode * self.seconds_per_token, self.seconds_per_context_token
+
+    def wire(self, _source: WorkerId, _target: WorkerId) -> Wire:
+        return Wire([Port(self.link_bytes_per_second)], self.link_latency_seconds)
 
     def message_seconds(self) -> float:
         return self.control_latency_seconds

@@ -26,8 +26,8 @@ from transload.control.engine import Engine, EngineConfig
 from transload.control.messages import (
     CancelSends,
     CancelTimer,
-    EngineCommand,
     EndRun,
+    EngineCommand,
     EngineEvent,
     EngineReport,
     ExpectKv,

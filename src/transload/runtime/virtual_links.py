@@ -1,0 +1,149 @@
+"""Frames between workers in virtual time: one at a time on each link, all links sharing the ports they go through."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from transload.control.messages import CancelSends, KvData, PeerFrame, SendFrame, SendsDrained
+from transload.runtime.cluster import FrameFault, KvContents, Link, LiveWorker, Watcher, is_intact
+from transload.runtime.flows import Flow, Flows
+
+if TYPE_CHECKING:
+    from transload.runtime.virtual import VirtualRuntime
+
+
+class VirtualLinks:
+    """The wires of a runtime, and what is on them."""
+
+    def __init__(
+        self,
+        runtime: VirtualRuntime,
+        frame_fault: FrameFault | None,
+        contents: KvContents | None,
+        watcher: Watcher | None,
+    ) -> None:
+        self._runtime = runtime
+        self._frame_fault = frame_fault
+        self._contents = contents
+        self._watcher = watcher
+        self._flows = Flows(self._foretell)
+
+    def send(self, link: Link, send: SendFrame) -> None:
+        """Put a frame in line."""
+        link.queue.append(send)
+        if link.current is None:
+            self._next(link)
+
+    def _next(self, link: Link) -> None:
+        """Frames without bytes take no time on the wire."""
+        while link.is_open and link.current is None and link.queue:
+            send = link.current = link.queue.popleft()
+            frame = send.frame
+            num_bytes = frame.num_bytes if isinstance(frame, KvData) else 0
+            if isinstance(frame, KvData) and self._contents is not None:
+                self._contents.send_started(link.source.name, send)
+            if num_bytes:
+                link.flow = self._flows.start(link, link.wire, num_bytes, self._runtime.now)
+            else:
+                self._end(link)
+
+    def _foretell(self, at_seconds: float, flow: Flow, version: int) -> None:
+        self._runtime.at_frame(at_seconds, flow.item, self._flow_ended, flow, version)
+
+    def _flow_ended(self, flow: Flow, version: int) -> None:
+        if version != flow.version:
+            return
+        link: Link = flow.item
+        link.flow = None
+        now = self._runtime.now
+        if self._watcher is not None and link.current is not None and isinstance(link.current.frame, KvData):
+            num_bytes = link.current.frame.num_bytes
+            self._watcher.sent(link.source.name, link.target.name, flow.began, now, num_bytes)
+        self._flows.end(flow, now)
+        self._end(link)
+        self._next(link)
+
+    def _end(self, link: Link) -> None:
+        """The frame has left the source. A paused source does not notice before it goes on."""
+        if not link.is_open or link.current is None:
+            return  # it ended with one of its ends
+        if link.source.backlog is not None:
+            link.source.backlog.append((self._end_late, (link,)))
+            return
+        send, link.current = link.current, None
+        source, target, frame = link.source, link.target, send.frame
+        checksum = frame.checksum if isinstance(frame, KvData) else 0
+        arrivals = [(0.0, frame, checksum)]
+        if self._frame_fault is not None:
+            arrivals = self._frame_fault(source.name, target.name, frame)
+        if isinstance(frame, KvData):
+            self._end_data(link, send, intact=all(map(is_intact, arrivals)))
+        at = self._runtime.now + link.wire.latency_seconds
+        for delay, arriving, arrived_checksum in arrivals:
+            event = PeerFrame(source.name, arriving, arrived_checksum)
+            self._runtime.at_frame(at + delay, link, self._arrive, target, send, event)
+        drains, link.drains = link.drains, []
+        for drain in drains:
+            self.drained(source, drain)
+
+    def _end_late(self, link: Link) -> None:
+        self._end(link)
+        self._next(link)
+
+    def _end_data(self, link: Link, send: SendFrame, *, intact: bool) -> None:
+        """The source has been read. A one-sided write is in place with that, whatever becomes of the frame: the
+        receiver cannot refuse it, so it must hit blocks that are granted to this transfer or kept aside for it."""
+        target = link.target
+        if self._contents is not None:
+            self._contents.send_ended(link.source.name, send)
+        if target.spec.one_sided:
+            transfer = send.frame.transfer
+            granted = (transfer, send.frame.epoch) in target.permissions or target.engine.pool.is_quarantined(transfer)
+            assert granted, f"{target.name}: a write of transfer {transfer} hits foreign blocks"
+            if self._contents is not None:
+                self._contents.landed(link.source.name, send, intact=intact)
+
+    def _arrive(self, target: LiveWorker, send: SendFrame, event: PeerFrame) -> None:
+        """A frame comes in. Where the receiver copies, it copies now, if it still may."""
+        if not target.is_alive:
+            return
+        if target.backlog is not None:
+            target.backlog.append((self._arrive, (target, send, event)))
+            return
+        frame = event.frame
+        permitted = (frame.transfer, frame.epoch) in target.permissions and not target.spec.one_sided
+        if self._contents is not None and isinstance(frame, KvData) and permitted:
+            self._contents.landed(event.peer, send, intact=event.arrived_checksum == frame.checksum)
+        self._runtime.tell_worker(target, event)
+
+    def cancel(self, worker: LiveWorker, command: CancelSends) -> None:
+        """Take back what waits of a transfer, and say when nothing of it is on the wire."""
+        link = worker.links.get(command.peer)
+        if link is not None and link.cancel(command):
+            link.drains.append(command)
+        else:
+            self.drained(worker, command)
+
+    def drained(self, worker: LiveWorker, command: CancelSends) -> None:
+        """Nothing of the transfer is on the wire."""
+        event = SendsDrained(command.transfer, command.epoch)
+        self._runtime.at_step_end(self._runtime.now, worker, self._runtime.tell_worker, worker, event)
+
+    def break_link(self, link: Link, *, source_died: bool) -> None:
+        """What is on the wire is lost; a one-sided write has been torn in the middle."""
+        link.is_open = False
+        if link.flow is not None:
+            self._flows.end(link.flow, self._runtime.now)
+            link.flow = None
+        if self._contents is not None and link.current is not None and isinstance(link.current.frame, KvData):
+            self._contents.send_ended(link.source.name, link.current)
+            if source_died and link.target.spec.one_sided:
+                self._contents.landed(link.source.name, link.current, intact=False)
+        for drain in link.drains:
+            self.drained(link.source, drain)
+
+    def scale(self, links: list[Link], factor: float) -> None:
+        """From now on these links give so much of what they should."""
+        for link in links:
+            link.wire.factor = factor
+        self._flows.changed([link.wire for link in links], self._runtime.now)

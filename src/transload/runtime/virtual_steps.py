@@ -1,0 +1,185 @@
+"""Steps in virtual time: how long each takes, and when its worker is told.
+
+Steps of an unchanged batch are gone through in one go, up to where the engine wants to plan anew. An engine that is
+about to decide something is first told of the steps that have ended by then, each at its own time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from transload.control.messages import (
+    Chunk,
+    EndRun,
+    LayersReady,
+    Request,
+    RunStep,
+    Sampled,
+    StepDone,
+    StepFailed,
+)
+from transload.runtime.cluster import KvContents, LiveWorker, StepFault, Watcher
+from transload.runtime.cost import CostModel
+from transload.runtime.decode_run import DecodeRun, on_tick
+
+if TYPE_CHECKING:
+    from transload.runtime.virtual import VirtualRuntime
+
+DrawToken = Callable[[Request, int], int]
+
+
+class VirtualSteps:
+    """The steps of all workers of a runtime. `jumps`: whether it goes through several at once."""
+
+    def __init__(
+        self,
+        runtime: VirtualRuntime,
+        cost: CostModel,
+        draw_token: DrawToken | None,
+        step_fault: StepFault | None,
+        contents: KvContents | None,
+        watcher: Watcher | None,
+        *,
+        jumps: bool,
+    ) -> None:
+        self._runtime = runtime
+        self._cost = cost
+        self._draw_token = draw_token
+        self._step_fault = step_fault
+        self._contents = contents
+        self._watcher = watcher
+        self.jumps = jumps and step_fault is None and contents is None
+
+    # -- begin --------------------------------------------------------------------------------------------------------
+
+    def start(self, worker: LiveWorker, step: RunStep) -> None:
+        """The engine asks for a step, or for a run of them."""
+        now, name = self._runtime.now, worker.name
+        worker.step = step
+        worker.step_began = on_tick(now)
+        run = worker.run = self._run_of(worker, step, now)
+        if run is not None:
+            run.num_planned = run.num_done + (step.repeats if self.jumps else 1)
+            end = run.end(run.num_planned)
+        else:
+            end = on_tick(now + self._cost.step_seconds(name, step.chunks))
+        problem = self._step_fault(name, step) if self._step_fault is not None else None
+        if self._contents is not None:
+            self._contents.step_started(name, step, fails=problem is not None)
+        if run is None and any(chunk.streams for chunk in step.chunks):
+            self._foretell_layers(worker, step, end)
+        self._foretell_end(worker, end, problem)
+
+    def _run_of(self, worker: LiveWorker, step: RunStep, now: float) -> DecodeRun | None:
+        run = worker.run
+        if step.continues and run is not None and run.end(run.num_done) == now:
+            return run
+        context = 0
+        for chunk in step.chunks:
+            if chunk.num_tokens != 1 or not chunk.num_outputs or chunk.streams:
+                return None
+            context += chunk.start + 1
+        line = self._cost.decode_line(worker.name, len(step.chunks))
+        return None if line is None else DecodeRun(now, *line, context, len(step.chunks))
+
+    def _foretell_layers(self, worker: LiveWorker, step: RunStep, end: float) -> None:
+        num_layers, stride = worker.spec.engine.num_layers, worker.spec.layers_per_frame
+        began = self._runtime.now
+        for low in range(0, num_layers, stride):
+            high = min(low + stride, num_layers)
+            at = end if high == num_layers else began + (end - began) * high / num_layers
+            ready = LayersReady(step.step, low, high)
+            self._runtime.at_step_end(at, worker, self._layers_written, worker, step, ready)
+
+    def _foretell_end(self, worker: LiveWorker, at: float, problem: str | None = None) -> None:
+        worker.step_version += 1
+        self._runtime.at_step_end(at, worker, self._end, worker, worker.step_version, problem)
+
+    # -- end ----------------------------------------------------------------------------------------------------------
+
+    def _layers_written(self, worker: LiveWorker, step: RunStep, ready: LayersReady) -> None:
+        if self._contents is not None and worker.is_alive:
+            self._contents.layers_written(worker.name, step, ready.layer_lo, ready.layer_hi)
+        self._runtime.tell_worker(worker, ready)
+
+    def _end(self, worker: LiveWorker, version: int, problem: str | None) -> None:
+        if not worker.is_alive or version != worker.step_version:
+            return
+        step, run = worker.step, worker.run
+        assert step is not None
+        if self._contents is not None:
+            if problem is None:
+                self._contents.layers_written(worker.name, step, 0, worker.spec.engine.num_layers)
+            self._contents.step_ended(worker.name, step, fails=problem is not None)
+        if problem is not None:
+            worker.run = None
+            self._runtime.tell_worker(worker, StepFailed(step.step, problem))
+        elif run is not None:
+            self._tell_run(worker, run, step, run.num_planned)
+        else:
+            self._tell_step(worker, step)
+
+    def _tell_step(self, worker: LiveWorker, step: RunStep) -> None:
+        now, began = self._runtime.now, worker.step_began
+        if self._watcher is not None:
+            num_decode = sum([chunk.num_tokens == 1 and chunk.num_outputs > 0 for chunk in step.chunks])
+            num_prefill = sum([chunk.num_tokens for chunk in step.chunks]) - num_decode
+            self._watcher.steps(worker.name, began, now, 1, num_prefill, num_decode)
+        self._runtime.tell_worker(worker, StepDone(step.step, self._draw(step.chunks, 1), now - began))
+
+    def _tell_run(self, worker: LiveWorker, run: DecodeRun, step: RunStep, number: int) -> None:
+        """All steps of the run up to this one are done."""
+        done = run.num_done
+        count = number - done
+        began, ended = run.end(done), run.end(number)
+        run.num_done = number
+        if self._watcher is not None:
+            self._watcher.steps(worker.name, began, ended, count, 0, len(step.chunks))
+        if self.jumps:
+            worker.emission = (run, done + 1, number)
+        self._runtime.tell_worker(worker, StepDone(step.step, self._draw(step.chunks, count), ended - began, count))
+        worker.emission = None
+
+    def _draw(self, chunks: tuple[Chunk, ...], count: int) -> tuple[Sampled, ...]:
+        draw = self._draw_token
+        if draw is None:
+            more = (0,) * (count - 1)
+            return tuple([Sampled(chunk.request.id, 0, None, more) for chunk in chunks if chunk.samples])
+        return tuple(
+            [
+                Sampled(
+                    chunk.request.id,
+                    draw(chunk.request, chunk.num_outputs),
+                    None,
+                    tuple([draw(chunk.request, chunk.num_outputs + index) for index in range(1, count)]),
+                )
+                for chunk in chunks
+                if chunk.samples
+            ]
+        )
+
+    # -- in between ---------------------------------------------------------------------------------------------------
+
+    def catch_up(self, worker: LiveWorker) -> None:
+        """Tell the engine of the steps that have ended by now, as of then."""
+        run, step = worker.run, worker.step
+        if run is None or step is None or run.num_planned - run.num_done <= 1 or worker.backlog is not None:
+            return
+        number = run.num_ended(self._runtime.now)
+        if number == run.num_done:
+            return
+        worker.step_version += 1
+        now, self._runtime.now = self._runtime.now, run.end(number)
+        self._tell_run(worker, run, step, number)
+        self._runtime.now = now
+
+    def end_run(self, worker: LiveWorker, _command: EndRun | None = None) -> None:
+        """The step under way is the last before the engine is asked."""
+        run = worker.run
+        if run is None:
+            return
+        number = min(run.num_planned, run.num_ended(self._runtime.now) + 1)
+        if number < run.num_planned:
+            run.num_planned = number
+            self._foretell_end(worker, run.end(number))
