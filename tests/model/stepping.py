@@ -13,6 +13,8 @@ from transload.arch import ModelArch
 from transload.control.messages import Chunk, Request, RequestId, RunStep, Sampled, Sampling, StepDone
 from transload.model.build import build_model
 from transload.model.executor import TorchExecutor
+from transload.model.expert_storage import form_of, loaded_name
+from transload.model.expert_tensors import ExpertUnpacker
 from transload.model.hf_config import read_arch
 from transload.model.sampler import Sampler
 from transload.transfer.layout import KvLayout
@@ -25,10 +27,12 @@ def arch_of(oracle: Any) -> ModelArch:
 
 
 def tensors_of(oracle: Any, arch: ModelArch) -> dict[str, torch.Tensor]:
-    tensors = {name: tensor.detach().clone() for name, tensor in oracle.state_dict().items()}
+    """An oracle's weights as a checkpoint of it is loaded."""
+    state = {loaded_name(name, arch): tensor.detach().clone() for name, tensor in oracle.state_dict().items()}
     if arch.tied_embeddings:
-        tensors.pop("lm_head.weight", None)
-    return tensors
+        state.pop("lm_head.weight", None)
+    unpacker = ExpertUnpacker(form_of(arch, state), oracle.dtype, lambda name: True)
+    return {loaded: part for name, tensor in state.items() for loaded, part in unpacker.unpack(name, tensor)}
 
 
 class Recorder(Sampler):

@@ -47,12 +47,17 @@ class World:
         self.generator = generator
 
 
-def attended(q_HD: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, heads: Heads) -> torch.Tensor:
-    """One query by the definition: softmax(q k / sqrt(d)) v, key head h // group."""
+def attended(
+    q_HD: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, heads: Heads, sinks_H: torch.Tensor | None = None
+) -> torch.Tensor:
+    """One query by the definition: softmax(q k / sqrt(d)) v, key head h // group. A sink is a key without a value."""
     out = torch.empty_like(q_HD)
     for head in range(heads.num_query_heads):
         shared = head // heads.group
-        weights = (keys[:, shared] @ q_HD[head] / math.sqrt(heads.head_dim)).softmax(0)
+        scores = keys[:, shared] @ q_HD[head] / math.sqrt(heads.head_dim)
+        if sinks_H is not None:
+            scores = torch.cat((scores, sinks_H[head : head + 1]))
+        weights = scores.softmax(0)[: len(keys)]
         out[head] = weights @ values[:, shared]
     return out
 
@@ -65,6 +70,7 @@ def check(
     block_size: int,
     window: int | None,
     deterministic: bool,
+    sinks: bool = False,
 ) -> AttentionPlan:
     """The last `rows[i]` positions of each request as one step; `lengths` sorted as a batch sorts them."""
     world = World(lengths, heads, block_size)
@@ -74,13 +80,14 @@ def check(
         first_row += num_rows
     q_THD = torch.randn(first_row, heads.num_query_heads, heads.head_dim, generator=world.generator)
     plan = AttentionPlan(spans, Site(heads, world.cache), window, deterministic=deterministic)
-    got = plan.attend(q_THD, world.cache.pieces[1]).view_as(q_THD)
+    sinks_H = torch.randn(heads.num_query_heads, generator=world.generator) * 3 if sinks else None
+    got = plan.attend(q_THD, world.cache.pieces[1], sinks_H).view_as(q_THD)
     for request, span in enumerate(spans):
         for row in range(span.num_rows):
             end = span.start + row + 1
             first = 0 if window is None else max(0, end - window)
             q_HD = q_THD[span.first_row + row]
-            want = attended(q_HD, world.keys[request][first:end], world.values[request][first:end], heads)
+            want = attended(q_HD, world.keys[request][first:end], world.values[request][first:end], heads, sinks_H)
             torch.testing.assert_close(got[span.first_row + row], want, rtol=1e-5, atol=1e-5)
     return plan
 
@@ -100,6 +107,14 @@ def test_a_step_of_single_tokens_and_prompts(
     check(lengths, rows, heads=heads, block_size=block_size, window=window, deterministic=deterministic)
 
 
+@pytest.mark.parametrize("heads", HEADS, ids=lambda heads: f"{heads.num_query_heads}q{heads.num_kv_heads}kv")
+@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_sinks_take_part_in_the_softmax(heads: Heads, window: int | None, deterministic: bool) -> None:
+    lengths, rows = [200, 97, 17, 16, 1, 150, 20], [1, 1, 1, 1, 1, 150, 7]
+    check(lengths, rows, heads=heads, block_size=16, window=window, deterministic=deterministic, sinks=True)
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_long_prompt_spans_many_tiles(deterministic: bool) -> None:
     heads = Heads(16, 4, 8)
@@ -115,7 +130,7 @@ def test_the_form_for_accelerators_agrees_with_the_definition(length: int, num_r
     span = Span(0, length - num_rows, num_rows, np.array(world.tables[0]))
     q_THD = torch.randn(num_rows, 6, 32, generator=world.generator)
     part = FlashPrompt(span, Site(heads, world.cache), window)
-    got = part.attend(q_THD, world.cache.pieces[1]).view_as(q_THD)
+    got = part.attend(q_THD, world.cache.pieces[1], None).view_as(q_THD)
     for row in range(num_rows):
         end = span.start + row + 1
         first = 0 if window is None else max(0, end - window)

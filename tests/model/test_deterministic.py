@@ -18,7 +18,7 @@ from transload.model.checkpoint import load_tensors
 from transload.model.source import locate
 
 DTYPES = [torch.float32, torch.bfloat16]
-FAMILIES = ["smollm2", "llama-dynamic", "mistral", "qwen2-sliding", "qwen3"]
+FAMILIES = ["smollm2", "llama-dynamic", "mistral", "qwen2-sliding", "qwen3", "qwen3_moe", "gpt_oss"]
 NUM_TOKENS = 6
 GOLDEN = Path(__file__).parents[1] / "golden"
 

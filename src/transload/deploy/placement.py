@@ -79,10 +79,10 @@ def loaded_weights_bytes(arch: ModelArch, dtype: str, pool: Pool, device: str, n
 
 def workspace_bytes(arch: ModelArch, pool: Pool, dtype: str) -> int:
     """Estimate of a step's intermediate results: rows of hidden state, FFN and queries, and float32 logits."""
-    row = 4 * arch.hidden_size + 3 * arch.intermediate_size + 2 * arch.num_heads * arch.head_dim
+    row = 4 * arch.hidden_size + arch.ffn_elements_per_row() + 2 * arch.num_heads * arch.head_dim
     rows = max(pool.limits.step_tokens, pool.limits.max_batch)
     if pool.role == "ffn":
-        return rows * (2 * arch.hidden_size + 3 * arch.intermediate_size) * max(4, DTYPE_BYTES[dtype])
+        return rows * (2 * arch.hidden_size + arch.ffn_elements_per_row()) * max(4, DTYPE_BYTES[dtype])
     return rows * row * max(4, DTYPE_BYTES[dtype]) + 2 * pool.limits.max_batch * arch.vocab_size * 4
 
 

@@ -52,7 +52,7 @@ class Part(Protocol):
 
     rows: slice
 
-    def attend(self, q_THD: torch.Tensor, pieces: torch.Tensor) -> torch.Tensor:
+    def attend(self, q_THD: torch.Tensor, pieces: torch.Tensor, sinks_H: torch.Tensor | None) -> torch.Tensor:
         """Attention output [T, H * D] of this part's rows of queries; `pieces` is one layer's cache."""
         ...
 
@@ -112,11 +112,12 @@ class Gather:
 class Site:
     """What all parts of a worker's steps have in common."""
 
-    __slots__ = ("cache", "heads", "scratch")
+    __slots__ = ("cache", "fuses_prompts", "heads", "scratch")
 
-    def __init__(self, heads: Heads, cache: KvCache) -> None:
+    def __init__(self, heads: Heads, cache: KvCache, *, sinks: bool = False) -> None:
         self.heads = heads
         self.cache = cache
+        self.fuses_prompts = cache.tensor.device.type != "cpu" and not sinks  # torch's fused kernel knows no sinks
         self.scratch = Scratch(cache.tensor.dtype, cache.tensor.device)
 
     def bias(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -149,7 +150,7 @@ class DecodeGroup:
     def inputs(self) -> list[torch.Tensor]:
         return self._gather.inputs(self._bias_B1S)
 
-    def attend(self, q_THD: torch.Tensor, pieces: torch.Tensor) -> torch.Tensor:
+    def attend(self, q_THD: torch.Tensor, pieces: torch.Tensor, sinks_H: torch.Tensor | None) -> torch.Tensor:
         heads, gather = self._heads, self._gather
         gather.load(pieces)
         q_LGD = torch.mul(q_THD, heads.scale).view(-1, heads.group, heads.head_dim)
@@ -157,7 +158,7 @@ class DecodeGroup:
         if self._bias_B1S is not None:
             scores_BHS = scores_LGS.view(len(q_THD), heads.num_query_heads, -1)
             scores_BHS[..., self._first_biased :].add_(self._bias_B1S)
-        return torch.bmm(scores_LGS.softmax(-1), gather.values_LSD).view(len(q_THD), -1)
+        return torch.bmm(_softmax(scores_LGS, heads, sinks_H), gather.values_LSD).view(len(q_THD), -1)
 
 
 class PromptTiles:
@@ -183,7 +184,7 @@ class PromptTiles:
     def inputs(self) -> list[torch.Tensor]:
         return [*self._gather.inputs(None), *(bias for _, _, bias in self._tiles)]
 
-    def attend(self, q_THD: torch.Tensor, pieces: torch.Tensor) -> torch.Tensor:
+    def attend(self, q_THD: torch.Tensor, pieces: torch.Tensor, sinks_H: torch.Tensor | None) -> torch.Tensor:
         heads, gather = self._heads, self._gather
         gather.load(pieces)
         out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
@@ -193,7 +194,7 @@ class PromptTiles:
             num_queries, num_biased = bias.shape
             scores_HTS = scores_KXS.view(heads.num_query_heads, num_queries, -1)
             scores_HTS[..., scores_HTS.shape[2] - num_biased :].add_(bias)
-            mixed_KXD = torch.bmm(scores_KXS.softmax(-1), gather.values_LSD[:, keys])
+            mixed_KXD = torch.bmm(_softmax(scores_KXS, heads, sinks_H), gather.values_LSD[:, keys])
             mixed_HTD = mixed_KXD.view(heads.num_query_heads, num_queries, heads.head_dim)
             out_THD[queries] = mixed_HTD.transpose(0, 1)
         return out_THD.view(len(q_THD), -1)
@@ -217,8 +218,9 @@ class FlashPrompt:
     def inputs(self) -> list[torch.Tensor]:
         return self._gather.inputs(self._bias)
 
-    def attend(self, q_THD: torch.Tensor, pieces: torch.Tensor) -> torch.Tensor:
+    def attend(self, q_THD: torch.Tensor, pieces: torch.Tensor, sinks_H: torch.Tensor | None) -> torch.Tensor:
         """Rows [T, H, D] of queries to rows [T, H * D]."""
+        assert sinks_H is None, "the fused kernel knows no sinks"
         heads, gather = self._heads, self._gather
         gather.load(pieces)
         k_1KSD = gather.keys_LDS.transpose(1, 2)[None, :, : self._num_keys]
@@ -257,14 +259,14 @@ class AlignedTile:
     def inputs(self) -> list[torch.Tensor]:
         return self._gather.inputs(self._bias)
 
-    def attend(self, q_THD: torch.Tensor, pieces: torch.Tensor) -> torch.Tensor:
+    def attend(self, q_THD: torch.Tensor, pieces: torch.Tensor, sinks_H: torch.Tensor | None) -> torch.Tensor:
         heads, gather = self._heads, self._gather
         gather.load(pieces)
         q_AHD = q_THD.new_zeros(ALIGNED_ROWS, heads.num_query_heads, heads.head_dim)
         q_AHD[self._places] = q_THD
         scores_KXS = torch.bmm(_stacked_queries(q_AHD, heads), gather.keys_LDS)
         scores_KXS.view(heads.num_query_heads, ALIGNED_ROWS, -1).add_(self._bias)
-        mixed_KXD = torch.bmm(scores_KXS.softmax(-1), gather.values_LSD)
+        mixed_KXD = torch.bmm(_softmax(scores_KXS, heads, sinks_H), gather.values_LSD)
         mixed_HAD = mixed_KXD.view(heads.num_query_heads, ALIGNED_ROWS, heads.head_dim)
         return mixed_HAD[:, self._places].transpose(0, 1).reshape(len(q_THD), -1)
 
@@ -283,15 +285,18 @@ class AttentionPlan:
         num_decodes = sum(span.num_rows == 1 for span in spans)
         for group in _length_groups(spans[:num_decodes], site.cache.layout.block_size, window):
             self.parts.append(DecodeGroup(group, site, window))
-        prompt = PromptTiles if site.cache.tensor.device.type == "cpu" else FlashPrompt
+        prompt = FlashPrompt if site.fuses_prompts else PromptTiles
         for span in spans[num_decodes:]:
             self.parts.append(prompt(span, site, window))
 
-    def attend(self, q_THD: torch.Tensor, pieces: torch.Tensor) -> torch.Tensor:
-        """Rows [T, H, D] of rotated queries to rows [T, H * D]; the step's own keys are in the cache already."""
+    def attend(self, q_THD: torch.Tensor, pieces: torch.Tensor, sinks_H: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows [T, H, D] of rotated queries to rows [T, H * D]; the step's own keys are in the cache already.
+
+        `sinks_H`: a logit of each head that its softmax is over as well, and that has no value.
+        """
         if len(self.parts) == 1:
-            return self.parts[0].attend(q_THD, pieces)
-        return torch.cat([part.attend(q_THD[part.rows], pieces) for part in self.parts])
+            return self.parts[0].attend(q_THD, pieces, sinks_H)
+        return torch.cat([part.attend(q_THD[part.rows], pieces, sinks_H) for part in self.parts])
 
 
 def _first_key(position: int, window: int | None) -> int:
@@ -305,6 +310,16 @@ def _stacked_queries(q_THD: torch.Tensor, heads: Heads) -> torch.Tensor:
     q_HTD = q_THD.new_empty(heads.num_query_heads, num_rows, heads.head_dim)
     torch.mul(q_THD.transpose(0, 1), heads.scale, out=q_HTD)
     return q_HTD.view(heads.num_kv_heads, heads.group * num_rows, heads.head_dim)
+
+
+def _softmax(scores_LXS: torch.Tensor, heads: Heads, sinks_H: torch.Tensor | None) -> torch.Tensor:
+    """Weights of the keys. L = B * K lanes, X = G * T rows in each; the sinks' own weights are left out."""
+    if sinks_H is None:
+        return scores_LXS.softmax(-1)
+    num_lanes, num_rows, _ = scores_LXS.shape
+    spans, rows = num_lanes // heads.num_kv_heads, num_rows // heads.group
+    sinks_BKGT = sinks_H.view(1, heads.num_kv_heads, heads.group, 1).expand(spans, -1, -1, rows)
+    return torch.cat((scores_LXS, sinks_BKGT.reshape(num_lanes, num_rows, 1)), -1).softmax(-1)[..., :-1]
 
 
 def _hidden(first_query: int, last_query: int, first_key: int, last_key: int, window: int | None) -> torch.Tensor:

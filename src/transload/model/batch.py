@@ -81,7 +81,7 @@ class BatchBuilder:
         self._rotary = rotary
         self._deterministic = deterministic
         self._device = device
-        self._site = Site(Heads(arch.num_heads, arch.num_kv_heads, arch.head_dim), cache)
+        self._site = Site(Heads(arch.num_heads, arch.num_kv_heads, arch.head_dim), cache, sinks=arch.sinks)
         self._windows = layer_windows(arch)
 
     def build(self, chunks: Sequence[Chunk], *, step: int, micro_batch: int = 0) -> Batch:

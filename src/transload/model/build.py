@@ -6,13 +6,25 @@ feed-forwards are built by separate functions, so that a worker can hold one sid
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 
 import torch
 
 from transload.arch import ModelArch
+from transload.model.experts import ExpertLayer, Router
 from transload.model.linear import Linear, TileProof
-from transload.model.llama import AttentionLayer, AttentionSide, FeedForward, LlamaModel, RmsNorm
+from transload.model.llama import (
+    Activation,
+    AttentionLayer,
+    AttentionSide,
+    FeedForward,
+    FeedForwardLayer,
+    LlamaModel,
+    RmsNorm,
+    clamped_swiglu,
+    steady_swiglu,
+    swiglu,
+)
 
 Tensors = MutableMapping[str, torch.Tensor]
 
@@ -88,15 +100,56 @@ def build_attention_layer(weights: WeightSource, layer: int) -> AttentionLayer:
         query_norm=weights.norm(f"{attention}.q_norm.weight", arch.head_dim) if arch.qk_norm else None,
         key_norm=weights.norm(f"{attention}.k_norm.weight", arch.head_dim) if arch.qk_norm else None,
         output=weights.fused(attention, {"o_proj": arch.hidden_size}, query_size, biased=arch.output_bias),
+        sinks=weights.take(f"{attention}.sinks", arch.num_heads) if arch.sinks else None,
         ffn_norm=weights.norm(f"{prefix}.post_attention_layernorm.weight", arch.hidden_size),
+        router=build_router(weights, layer) if arch.is_sparse(layer) else None,
     )
 
 
-def build_feed_forward(weights: WeightSource, layer: int) -> FeedForward:
-    arch, prefix = weights.arch, f"model.layers.{layer}.mlp"
-    both = {"gate_proj": arch.intermediate_size, "up_proj": arch.intermediate_size}
-    return FeedForward(
-        weights.fused(prefix, both, arch.hidden_size, biased=arch.mlp_bias),
-        weights.fused(prefix, {"down_proj": arch.hidden_size}, arch.intermediate_size, biased=arch.mlp_bias),
-        deterministic=weights.proof is not None,
-    )
+def build_router(weights: WeightSource, layer: int) -> Router:
+    """What chooses the experts of a layer that is a mixture: on the attention side."""
+    arch, experts = weights.arch, weights.arch.experts
+    assert experts is not None
+    outputs = {"gate": experts.num_experts}
+    prefix = f"model.layers.{layer}.mlp"
+    return Router(weights.fused(prefix, outputs, arch.hidden_size, biased=experts.router_bias), experts)
+
+
+def build_feed_forward(weights: WeightSource, layer: int, experts: Iterable[int] | None = None) -> FeedForwardLayer:
+    """A layer's feed-forward; of a mixture `experts` alone (None: all of them), whose tensors alone must be there."""
+    if not weights.arch.is_sparse(layer):
+        return _plain_feed_forward(weights, layer)
+    return build_experts(weights, layer, experts)
+
+
+def build_experts(weights: WeightSource, layer: int, experts: Iterable[int] | None = None) -> ExpertLayer:
+    """Some experts of a layer that is a mixture; None: all of them."""
+    arch, mixture = weights.arch, weights.arch.experts
+    assert mixture is not None
+    assert arch.is_sparse(layer), layer
+    activation = clamped_swiglu(mixture.clamped) if mixture.clamped is not None else _swiglu(weights)
+    built = {}
+    for expert in range(mixture.num_experts) if experts is None else experts:
+        prefix = f"model.layers.{layer}.mlp.experts.{expert}"
+        size = mixture.intermediate_size
+        built[expert] = _feed_forward(weights, prefix, size, activation, biased=mixture.bias)
+    return ExpertLayer(built)
+
+
+def _plain_feed_forward(weights: WeightSource, layer: int) -> FeedForward:
+    arch = weights.arch
+    prefix = f"model.layers.{layer}.mlp"
+    return _feed_forward(weights, prefix, arch.intermediate_size, _swiglu(weights), biased=arch.mlp_bias)
+
+
+def _swiglu(weights: WeightSource) -> Activation:
+    return swiglu if weights.proof is None else steady_swiglu
+
+
+def _feed_forward(
+    weights: WeightSource, prefix: str, size: int, activation: Activation, *, biased: bool
+) -> FeedForward:
+    hidden = weights.arch.hidden_size
+    gate_up = weights.fused(prefix, {"gate_proj": size, "up_proj": size}, hidden, biased=biased)
+    down = weights.fused(prefix, {"down_proj": hidden}, size, biased=biased)
+    return FeedForward(gate_up, down, activation)

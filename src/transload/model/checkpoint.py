@@ -7,35 +7,43 @@ conversion are views of the mapped file, so that the workers of a machine share 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable, Mapping
 
 import safetensors
 import torch
 
 from transload.arch import ModelArch
 from transload.errors import CheckpointError
+from transload.model.expert_storage import loaded_name
+from transload.model.expert_tensors import ExpertUnpacker
 from transload.model.gguf_arch import renamed
 from transload.model.gguf_file import GgufFile, GgufTensor
-from transload.model.inventory import expected_shapes, is_ignored
+from transload.model.inventory import Shape, expected_shapes, is_ignored
 from transload.model.source import ModelFiles
 
 INIT_STD = 0.02
 """Standard deviation of random weights; the `initializer_range` of every family here."""
 
 
-def load_tensors(files: ModelFiles, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """All weights of a model in `dtype`, on the CPU. Tied embeddings have no `lm_head.weight`.
+Wanted = Callable[[str], bool]
+"""Whether a worker needs the tensor of this name."""
+
+
+def load_tensors(files: ModelFiles, dtype: torch.dtype, wanted: Wanted | None = None) -> dict[str, torch.Tensor]:
+    """The wanted weights of a model (None: all) in `dtype`, on the CPU. Tied embeddings have no `lm_head.weight`.
 
     Do not write to the tensors: some are views of a mapped file. Raises `CheckpointError` if a file is not what it was
     when it was located.
     """
+    needed = {name: shape for name, shape in expected_shapes(files.arch).items() if wanted is None or wanted(name)}
     match files.kind:
         case "dummy":
-            tensors = _random(files.arch, dtype)
+            tensors = _random(needed, dtype)
         case "safetensors":
-            tensors = _from_safetensors(files, dtype)
+            tensors = _from_safetensors(files, dtype, needed)
         case "gguf":
-            tensors = _from_gguf(files, dtype)
-    for name, shape in expected_shapes(files.arch).items():
+            tensors = _from_gguf(files, dtype, needed)
+    for name, shape in needed.items():
         if name not in tensors or tuple(tensors[name].shape) != shape:
             got = list(tensors[name].shape) if name in tensors else "nothing"
             raise CheckpointError(
@@ -45,25 +53,26 @@ def load_tensors(files: ModelFiles, dtype: torch.dtype) -> dict[str, torch.Tenso
     return tensors
 
 
-def _from_safetensors(files: ModelFiles, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _from_safetensors(files: ModelFiles, dtype: torch.dtype, needed: Mapping[str, Shape]) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
+    unpacker = ExpertUnpacker(files.expert_form, dtype, needed.__contains__)
     for path in files.paths:
         try:
             with safetensors.safe_open(path, framework="pt", device="cpu") as opened:
-                for name in opened.keys():  # noqa: SIM118 (not a mapping)
-                    if not is_ignored(name, files.arch):
-                        tensors[name] = opened.get_tensor(name).to(dtype)
+                for stored in opened.keys():  # noqa: SIM118 (not a mapping)
+                    if not is_ignored(name := loaded_name(stored, files.arch), files.arch):
+                        tensors.update(unpacker.unpack(name, opened.get_tensor(stored)))
         except (safetensors.SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error}); it is damaged, fetch it again") from error
     return tensors
 
 
-def _from_gguf(files: ModelFiles, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _from_gguf(files: ModelFiles, dtype: torch.dtype, needed: Mapping[str, Shape]) -> dict[str, torch.Tensor]:
     (path,) = files.paths
     file = GgufFile(path)
     tensors: dict[str, torch.Tensor] = {}
     for name, stored in renamed(file).items():
-        if not is_ignored(name, files.arch):
+        if name in needed:
             loaded = _dequantised(file, stored, dtype)
             tensors[name] = _rows_in_halves(loaded, name, files.arch)
     return tensors
@@ -100,13 +109,13 @@ def _rows_in_halves(tensor: torch.Tensor, name: str, arch: ModelArch) -> torch.T
     return halves.reshape(tensor.shape)
 
 
-def _random(arch: ModelArch, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _random(needed: Mapping[str, Shape], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Seeded weights as a fresh model has them: normal matrices, norms of one, biases of zero. Equal in every process.
 
     Each tensor has its own seed, made from its name, so that a part of the model can be made alone.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for name, shape in expected_shapes(arch).items():
+    for name, shape in needed.items():
         if name.endswith("norm.weight"):
             tensors[name] = torch.ones(shape, dtype=dtype)
         elif name.endswith(".bias"):

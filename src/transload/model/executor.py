@@ -118,7 +118,7 @@ class TorchExecutor:
                     self._wait_for_device()
                     layers_ready(reported, call.layer + 1)
                     reported = call.layer + 1
-                call = calls.send(feed_forwards[call.layer](call.hidden))
+                call = calls.send(feed_forwards[call.layer](call.hidden, call.routing))
         except StopIteration as finished:
             residual_RE: torch.Tensor = finished.value
         if layers_ready is not None and reported < len(feed_forwards):

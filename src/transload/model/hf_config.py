@@ -9,13 +9,41 @@ import math
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from transload.arch import ModelArch, Rope, RopeKind
+from transload.arch import ClampedSwiglu, Experts, ModelArch, Rope, RopeKind
 from transload.errors import CheckpointError
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gpt_oss"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
-DEFAULT_MAX_POSITION: dict[Family, int] = {"llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768}
-DEFAULT_KV_HEADS: dict[Family, int | None] = {"llama": None, "mistral": 8, "qwen2": 32, "qwen3": 32}
+DEFAULT_MAX_POSITION: dict[Family, int] = {
+    "llama": 2048,
+    "mistral": 131_072,
+    "qwen2": 32_768,
+    "qwen3": 32_768,
+    "qwen3_moe": 32_768,
+    "mixtral": 131_072,
+    "gpt_oss": 131_072,
+}
+DEFAULT_KV_HEADS: dict[Family, int | None] = {
+    "llama": None,
+    "mistral": 8,
+    "qwen2": 32,
+    "qwen3": 32,
+    "qwen3_moe": 4,
+    "mixtral": 8,
+    "gpt_oss": 8,
+}
+DEFAULT_HEAD_DIM: dict[Family, int] = {"qwen3": 128, "gpt_oss": 64}
+"""Other families share the hidden size among the heads."""
+DEFAULT_NORM_EPS: dict[Family, float] = {"mixtral": 1e-5, "gpt_oss": 1e-5}
+DEFAULT_THETA: dict[Family, float] = {"mixtral": 1e6, "gpt_oss": 150_000.0}
+GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
 DEFAULT_WINDOW = 4096
 LARGEST = 1 << 24
 """No dimension of a model is larger; it keeps a made-up file from asking for the whole memory."""
@@ -63,13 +91,14 @@ def read_arch(keys: dict[str, Any], *, name: str, path: Path) -> ModelArch:
     """The architecture that a `config.json` describes. Raises `CheckpointError` if it is not implemented."""
     config = _Config(keys, str(path))
     family = _family(config)
-    config.refuse("quantization_config", ({},), "quantised safetensors are not loaded; take the plain model or a GGUF")
+    _refuse_quantisation(config, family)
     config.refuse("hidden_act", ("silu", "swish"), "only the silu activation is implemented")
     config.refuse("rope_interleaved", (False,), "only rotary embeddings in halves are implemented")
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
     kv_heads = config.size("num_key_value_heads", _default_kv_heads(config, family, heads))
-    head_dim = config.size("head_dim", 128 if family == "qwen3" else hidden // heads or None)
-    attention_bias = config.flag("attention_bias")
+    head_dim = config.size("head_dim", DEFAULT_HEAD_DIM.get(family, hidden // heads or None))
+    attention_bias = config.flag("attention_bias", family == "gpt_oss")
+    has_bias = attention_bias and family in ("llama", "qwen3", "qwen3_moe", "gpt_oss")
     num_layers = config.size("num_hidden_layers")
     window, sliding = _sliding(config, family, num_layers)
     arch = ModelArch(
@@ -83,15 +112,17 @@ def read_arch(keys: dict[str, Any], *, name: str, path: Path) -> ModelArch:
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         max_position=config.size("max_position_embeddings", DEFAULT_MAX_POSITION[family]),
-        norm_eps=config.number("rms_norm_eps", 1e-6),
+        norm_eps=config.number("rms_norm_eps", DEFAULT_NORM_EPS.get(family, 1e-6)),
         rope=_rope(config, family),
         tied_embeddings=config.flag("tie_word_embeddings"),
-        qkv_bias=family == "qwen2" or (family in ("llama", "qwen3") and attention_bias),
-        output_bias=family in ("llama", "qwen3") and attention_bias,
+        qkv_bias=family == "qwen2" or has_bias,
+        output_bias=has_bias,
         mlp_bias=family == "llama" and config.flag("mlp_bias"),
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
         sliding_window=window,
         sliding_layers=sliding,
+        sinks=family == "gpt_oss",
+        experts=_experts(config, family, num_layers),
     )
     return checked(arch, str(path))
 
@@ -104,6 +135,10 @@ def checked(arch: ModelArch, where: str) -> ModelArch:
         )
     if arch.head_dim % 2:
         raise CheckpointError(f"{where}: head_dim is {arch.head_dim}, wanted an even number (rotary embedding)")
+    if arch.experts is not None and arch.experts.per_token > arch.experts.num_experts:
+        raise CheckpointError(
+            f"{where}: {arch.experts.per_token} experts per token, but only {arch.experts.num_experts} experts"
+        )
     if arch.num_layers > 10_000:
         raise CheckpointError(f"{where}: {arch.num_layers} layers; the file is damaged")
     return arch
@@ -132,6 +167,57 @@ def _family(config: _Config) -> Family:
     )
 
 
+def _refuse_quantisation(config: _Config, family: Family) -> None:
+    """Packed weights are refused, but for the form that gpt-oss is published in."""
+    stored = config.keys.get("quantization_config")
+    if family == "gpt_oss" and isinstance(stored, dict) and stored.get("quant_method") == "mxfp4":
+        return
+    config.refuse("quantization_config", ({},), "quantised safetensors are not loaded; take the plain model or a GGUF")
+
+
+def _experts(config: _Config, family: Family, num_layers: int) -> Experts | None:
+    """The mixture of a family that has one, with that family's router."""
+    match family:
+        case "qwen3_moe":
+            return Experts(
+                num_experts=config.size("num_experts", config.size("num_local_experts", 128)),
+                per_token=config.size("num_experts_per_tok", 8),
+                intermediate_size=config.size("moe_intermediate_size", 768),
+                dense_layers=_dense_layers(config, num_layers),
+                normalised=config.flag("norm_topk_prob"),
+            )
+        case "mixtral":
+            return Experts(
+                num_experts=config.size("num_local_experts", 8),
+                per_token=config.size("num_experts_per_tok", 2),
+                intermediate_size=config.size("intermediate_size", 14_336),
+            )
+        case "gpt_oss":
+            clamped = ClampedSwiglu(
+                alpha=config.number("swiglu_alpha", 1.702), limit=config.number("swiglu_limit", 7.0)
+            )
+            return Experts(
+                num_experts=config.size("num_local_experts", 128),
+                per_token=config.size("num_experts_per_tok", 4),
+                intermediate_size=config.size("intermediate_size", 2880),
+                scores="chosen",
+                router_bias=True,
+                bias=True,
+                clamped=clamped,
+            )
+        case _:
+            return None
+
+
+def _dense_layers(config: _Config, num_layers: int) -> tuple[int, ...]:
+    """Layers of a Qwen3 mixture that have one plain feed-forward."""
+    listed = config.keys.get("mlp_only_layers") or []
+    if not isinstance(listed, list) or not all(type(layer) is int for layer in listed):
+        raise CheckpointError(f"{config.where}: mlp_only_layers is {listed!r}, wanted a list of layers")
+    step = config.size("decoder_sparse_step", 1)
+    return tuple(layer for layer in range(num_layers) if layer in listed or (layer + 1) % step)
+
+
 def _default_kv_heads(config: _Config, family: Family, heads: int) -> int:
     """A missing key means the family's default; an explicit null means one key/value head per head."""
     default = DEFAULT_KV_HEADS[family]
@@ -140,11 +226,14 @@ def _default_kv_heads(config: _Config, family: Family, heads: int) -> int:
 
 def _sliding(config: _Config, family: Family, num_layers: int) -> tuple[int | None, tuple[bool, ...] | None]:
     """Sliding window in tokens and which layers have it."""
-    if family == "llama" or (family in ("qwen2", "qwen3") and not config.flag("use_sliding_window")):
+    if family == "llama" or (family.startswith("qwen") and not config.flag("use_sliding_window")):
         return None, None
-    if config.keys.get("sliding_window", DEFAULT_WINDOW) is None:
+    default = {"mixtral": None, "gpt_oss": 128}.get(family, DEFAULT_WINDOW)
+    if config.keys.get("sliding_window", default) is None:
         return None, None
-    window = config.size("sliding_window", DEFAULT_WINDOW)
+    window = config.size("sliding_window", default)
+    if family in ("mixtral", "qwen3_moe"):
+        return window, None
     kinds = config.keys.get("layer_types")
     if kinds is not None:
         known = ("sliding_attention", "full_attention")
@@ -155,6 +244,8 @@ def _sliding(config: _Config, family: Family, num_layers: int) -> tuple[int | No
         slides = tuple(kind == "sliding_attention" for kind in kinds)
     elif family == "mistral":
         return window, None
+    elif family == "gpt_oss":
+        slides = tuple(layer % 2 == 0 for layer in range(num_layers))
     else:
         first = config.keys.get("max_window_layers", 28)
         if isinstance(first, bool) or not isinstance(first, int):
@@ -167,7 +258,8 @@ def _sliding(config: _Config, family: Family, num_layers: int) -> tuple[int | No
 
 def _rope(config: _Config, family: Family) -> Rope:
     """Rotary embedding, in the spelling of old files (`rope_theta`, `rope_scaling`) or of new ones."""
-    scaling = config.keys.get("rope_scaling") or config.keys.get("rope_parameters") or {}
+    missing = GPT_OSS_ROPE if family == "gpt_oss" else {}
+    scaling = config.keys.get("rope_scaling") or config.keys.get("rope_parameters") or missing
     if not isinstance(scaling, dict):
         raise CheckpointError(f"{config.where}: rope_parameters is {scaling!r}, wanted an object")
     if any(isinstance(value, dict) for value in scaling.values()):
@@ -187,7 +279,7 @@ def _rope(config: _Config, family: Family) -> Rope:
         original = config.size("original_max_position_embeddings", inside)
         default_factor = longest / original if kind == "yarn" else None
     return Rope(
-        theta=rope.number("rope_theta", 10_000.0),
+        theta=rope.number("rope_theta", DEFAULT_THETA.get(family, 10_000.0)),
         kind=kind,
         factor=1.0 if kind == "default" else rope.number("factor", default_factor),
         original_max_position=original,

@@ -12,6 +12,7 @@ Shape = tuple[int, ...]
 DERIVED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
 """Buffers that old files carry and that are computed anyway."""
 SHOWN = 4
+_EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
 
 
 def expected_shapes(arch: ModelArch) -> dict[str, Shape]:
@@ -19,16 +20,34 @@ def expected_shapes(arch: ModelArch) -> dict[str, Shape]:
     hidden = arch.hidden_size
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (arch.vocab_size, hidden)}
     for layer in range(arch.num_layers):
-        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in _layer_shapes(arch).items()}
+        of_layer = _attention_shapes(arch) | _feed_forward_shapes(arch, layer)
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in of_layer.items()}
     shapes["model.norm.weight"] = (hidden,)
     if not arch.tied_embeddings:
         shapes["lm_head.weight"] = (arch.vocab_size, hidden)
     return shapes
 
 
-def check_inventory(arch: ModelArch, found: Mapping[str, Shape], where: str) -> None:
-    """Refuse tensors that are missing, of another shape, or more than the architecture has a use for."""
-    wanted = expected_shapes(arch)
+def is_feed_forward(name: str) -> bool:
+    """Whether a tensor belongs to a feed-forward or an expert. A mixture's router belongs to the attention side."""
+    return ".mlp." in name and ".mlp.gate." not in name
+
+
+def expert_of(name: str) -> int | None:
+    """Which expert of its layer a tensor belongs to; None if to no expert."""
+    match = _EXPERT.search(name)
+    return int(match[1]) if match is not None else None
+
+
+def check_inventory(
+    arch: ModelArch, found: Mapping[str, Shape], where: str, wanted: Mapping[str, Shape] | None = None
+) -> None:
+    """Refuse tensors that are missing, of another shape, or more than the architecture has a use for.
+
+    `wanted` is how the file stores them, if that is not as they are loaded.
+    """
+    if wanted is None:
+        wanted = expected_shapes(arch)
     missing = [name for name in wanted if name not in found]
     if missing:
         raise CheckpointError(f"{where}: {_some(missing)} missing; the download is incomplete or of another model")
@@ -50,8 +69,8 @@ def is_ignored(name: str, arch: ModelArch) -> bool:
     return bool(DERIVED.search(name)) or (arch.tied_embeddings and name == "lm_head.weight")
 
 
-def _layer_shapes(arch: ModelArch) -> dict[str, Shape]:
-    hidden, inner = arch.hidden_size, arch.intermediate_size
+def _attention_shapes(arch: ModelArch) -> dict[str, Shape]:
+    hidden = arch.hidden_size
     queries, keys = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     shapes: dict[str, Shape] = {
         "input_layernorm.weight": (hidden,),
@@ -60,19 +79,41 @@ def _layer_shapes(arch: ModelArch) -> dict[str, Shape]:
         "self_attn.v_proj.weight": (keys, hidden),
         "self_attn.o_proj.weight": (hidden, queries),
         "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
     }
     if arch.qkv_bias:
         shapes |= {"self_attn.q_proj.bias": (queries,), "self_attn.k_proj.bias": (keys,)}
         shapes["self_attn.v_proj.bias"] = (keys,)
     if arch.output_bias:
         shapes["self_attn.o_proj.bias"] = (hidden,)
-    if arch.mlp_bias:
-        shapes |= {"mlp.gate_proj.bias": (inner,), "mlp.up_proj.bias": (inner,), "mlp.down_proj.bias": (hidden,)}
     if arch.qk_norm:
         shapes |= {"self_attn.q_norm.weight": (arch.head_dim,), "self_attn.k_norm.weight": (arch.head_dim,)}
+    if arch.sinks:
+        shapes["self_attn.sinks"] = (arch.num_heads,)
+    return shapes
+
+
+def _feed_forward_shapes(arch: ModelArch, layer: int) -> dict[str, Shape]:
+    """A plain feed-forward, or a router and its experts one by one, whatever their file stores them as."""
+    experts, hidden = arch.experts, arch.hidden_size
+    if experts is None or not arch.is_sparse(layer):
+        return _projections("mlp", hidden, arch.intermediate_size, biased=arch.mlp_bias)
+    shapes: dict[str, Shape] = {"mlp.gate.weight": (experts.num_experts, hidden)}
+    if experts.router_bias:
+        shapes["mlp.gate.bias"] = (experts.num_experts,)
+    for expert in range(experts.num_experts):
+        shapes |= _projections(f"mlp.experts.{expert}", hidden, experts.intermediate_size, biased=experts.bias)
+    return shapes
+
+
+def _projections(prefix: str, hidden: int, inner: int, *, biased: bool) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {
+        f"{prefix}.gate_proj.weight": (inner, hidden),
+        f"{prefix}.up_proj.weight": (inner, hidden),
+        f"{prefix}.down_proj.weight": (hidden, inner),
+    }
+    if biased:
+        shapes |= {f"{prefix}.gate_proj.bias": (inner,), f"{prefix}.up_proj.bias": (inner,)}
+        shapes[f"{prefix}.down_proj.bias"] = (hidden,)
     return shapes
 
 

@@ -4,31 +4,47 @@ Owns the layers' arithmetic and their order. Never decides where a feed-forward 
 an `FfnCall` per layer and is sent FFN(hidden) back, so one code serves a worker that holds everything and one that
 sends its feed-forwards away. The residual stays here, in float32.
 
+A mixture's router is on this side too: its call says which experts each row goes through.
+
 Shapes: T rows, E hidden size, H query heads, K key/value heads, D head dimension, I intermediate size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from typing import Protocol
 
 import torch
 from torch.nn import functional
 
-from transload.arch import ModelArch
+from transload.arch import ClampedSwiglu, ModelArch
 from transload.model.batch import Batch
+from transload.model.experts import Router, Routing
 from transload.model.linear import Linear
 
 
 class FfnCall:
-    """A layer's feed-forward, to be computed for the normed rows `hidden` [T, E]."""
+    """A layer's feed-forward, to be computed for the normed rows `hidden` [T, E].
 
-    __slots__ = ("hidden", "layer", "micro_batch", "step")
+    `routing` says which experts each row goes through, in a layer that is a mixture.
+    """
 
-    def __init__(self, step: int, layer: int, micro_batch: int, hidden: torch.Tensor) -> None:
+    __slots__ = ("hidden", "layer", "micro_batch", "routing", "step")
+
+    def __init__(
+        self, step: int, layer: int, micro_batch: int, hidden: torch.Tensor, routing: Routing | None = None
+    ) -> None:
         self.step = step
         self.layer = layer
         self.micro_batch = micro_batch
         self.hidden = hidden
+        self.routing = routing
+
+
+class FeedForwardLayer(Protocol):
+    """Answers a layer's calls: rows [T, E] and, in a mixture, their routing, to rows [T, E]."""
+
+    def __call__(self, hidden_TE: torch.Tensor, routing: Routing | None = None, /) -> torch.Tensor: ...
 
 
 LayerCalls = Generator[FfnCall, torch.Tensor, torch.Tensor]
@@ -66,9 +82,11 @@ class AttentionLayer:
         query_norm: RmsNorm | None,
         key_norm: RmsNorm | None,
         output: Linear,
+        sinks: torch.Tensor | None,
         ffn_norm: RmsNorm,
+        router: Router | None,
     ) -> None:
-        """`qkv` [(H + 2 K) * D, E] stacks the three projections; the head norms are Qwen3's."""
+        """`qkv` [(H + 2 K) * D, E] stacks the three projections; the head norms are Qwen3's, `sinks` [H] gpt-oss's."""
         self._num_query_heads = arch.num_heads
         self._num_rotated = arch.num_heads + arch.num_kv_heads
         self._head_dim = arch.head_dim
@@ -77,7 +95,9 @@ class AttentionLayer:
         self._query_norm = query_norm
         self._key_norm = key_norm
         self._output = output
+        self._sinks = sinks
         self._ffn_norm = ffn_norm
+        self._router = router
 
     def project(self, layer: int, residual_TE: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Write the rows' keys and values into the cache; return their rotated queries [T, H, D]."""
@@ -95,35 +115,59 @@ class AttentionLayer:
 
     def attend(self, layer: int, q_THD: torch.Tensor, residual_TE: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Add the attention output to the residual, in place; return the normed rows [T, E] for the feed-forward."""
-        residual_TE += self._output(batch.plans[layer].attend(q_THD, batch.cache.pieces[layer]))
+        residual_TE += self._output(batch.plans[layer].attend(q_THD, batch.cache.pieces[layer], self._sinks))
         return self._ffn_norm(residual_TE)
+
+    def route(self, hidden_TE: torch.Tensor) -> Routing | None:
+        """Which experts the normed rows go through; None if the layer's feed-forward is a plain one."""
+        return self._router(hidden_TE) if self._router is not None else None
+
+
+Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Gate and up [T, I] to what goes down [T, I]."""
 
 
 class FeedForward:
-    """down(silu(gate(x)) * up(x))."""
+    """down(activation(gate(x), up(x)))."""
 
-    __slots__ = ("_deterministic", "_down", "_gate_up")
+    __slots__ = ("_activation", "_down", "_gate_up")
 
-    def __init__(self, gate_up: Linear, down: Linear, *, deterministic: bool) -> None:
+    def __init__(self, gate_up: Linear, down: Linear, activation: Activation) -> None:
         """`gate_up` [2 I, E] stacks both projections."""
         self._gate_up = gate_up
         self._down = down
-        self._deterministic = deterministic
+        self._activation = activation
 
-    def __call__(self, hidden_TE: torch.Tensor) -> torch.Tensor:
+    def __call__(self, hidden_TE: torch.Tensor, _routing: Routing | None = None) -> torch.Tensor:
         gate_TI, up_TI = self._gate_up(hidden_TE).chunk(2, -1)
-        silu = _steady_silu if self._deterministic else functional.silu
-        return self._down(silu(gate_TI).mul_(up_TI))
+        return self._down(self._activation(gate_TI, up_TI))
 
 
-def _steady_silu(x: torch.Tensor) -> torch.Tensor:
-    """silu whose bits do not depend on where an element lies.
+def swiglu(gate_TI: torch.Tensor, up_TI: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up."""
+    return functional.silu(gate_TI).mul_(up_TI)
 
-    torch's own takes other code for the last elements of a run, which differ in the last bit in float32 (4 % of them);
-    its exp does not.
+
+def steady_swiglu(gate_TI: torch.Tensor, up_TI: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, with bits that do not depend on where an element lies.
+
+    torch's own silu takes other code for the last elements of a run, which differ in the last bit in float32 (4 % of
+    them); its exp does not.
     """
-    gate = x.float()
-    return gate.div_(gate.neg().exp_().add_(1.0)).to(x.dtype)
+    gate = gate_TI.float()
+    return gate.div_(gate.neg().exp_().add_(1.0)).to(gate_TI.dtype).mul_(up_TI)
+
+
+def clamped_swiglu(clamped: ClampedSwiglu) -> Activation:
+    """gpt-oss's activation, see `ClampedSwiglu`. In float32, rounded once; steady in the sense above."""
+
+    def activation(gate_TI: torch.Tensor, up_TI: torch.Tensor) -> torch.Tensor:
+        gate = gate_TI.float().clamp(max=clamped.limit)
+        up = up_TI.float().clamp(-clamped.limit, clamped.limit)
+        sigmoid_divisor = (gate * -clamped.alpha).exp_().add_(1.0)
+        return up.add_(1.0).mul_(gate.div_(sigmoid_divisor)).to(gate_TI.dtype)
+
+    return activation
 
 
 class AttentionSide:
@@ -157,7 +201,7 @@ class AttentionSide:
                 if len(batch.kept) < len(residual_TE):
                     q_THD, residual_TE = q_THD[batch.kept], residual_TE[batch.kept]
             hidden_TE = layer.attend(number, q_THD, residual_TE, batch)
-            ffn_TE = yield FfnCall(batch.step, number, batch.micro_batch, hidden_TE)
+            ffn_TE = yield FfnCall(batch.step, number, batch.micro_batch, hidden_TE, layer.route(hidden_TE))
             residual_TE += ffn_TE
         return residual_TE[batch.drawn]
 
@@ -174,7 +218,7 @@ class LlamaModel:
         arch: ModelArch,
         dtype: torch.dtype,
         attention: AttentionSide,
-        feed_forwards: Sequence[FeedForward],
+        feed_forwards: Sequence[FeedForwardLayer],
         *,
         deterministic: bool,
         device: torch.device,

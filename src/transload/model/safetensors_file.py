@@ -17,8 +17,9 @@ from transload.model.json_file import read_json
 
 INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
-ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1}
+DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "mxfp4"}
+"""Bytes are loaded as blocks and scales of MXFP4 only; see `expert_storage.check_types`."""
 
 
 class StoredTensor(msgspec.Struct, frozen=True, kw_only=True):

@@ -18,12 +18,13 @@ from transload.arch import ModelArch, Rope
 from transload.deploy.spec import DEFAULT_MODEL, ModelSpec
 from transload.errors import CheckpointError
 from transload.model import embedded, hub
+from transload.model.expert_storage import Form, check_types, form_of, loaded_name, stored_shapes
 from transload.model.gguf_arch import read_gguf_arch, renamed
 from transload.model.gguf_file import GgufFile
 from transload.model.hf_config import read_arch
 from transload.model.inventory import check_inventory, is_ignored
 from transload.model.json_file import read_json
-from transload.model.safetensors_file import DTYPE_NAMES, SafetensorsFile, read_header, weight_files
+from transload.model.safetensors_file import DTYPE_NAMES, SafetensorsFile, StoredTensor, read_header, weight_files
 
 SAMPLE_BYTES = 1024
 GGUF_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -63,7 +64,9 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
     weights_bytes: int
     """What the weights take as stored."""
     stored_dtype: str
-    """The type most of the weights are stored in: float32, bfloat16, float16, or a GGUF type such as q4_1."""
+    """The type most of the weights are stored in: float32, bfloat16, float16, mxfp4, or a GGUF type such as q4_1."""
+    expert_form: Form = "each"
+    """How the files hold the experts of a mixture."""
 
 
 def locate(spec: ModelSpec, *, progress: Progress | None = None) -> ModelFiles:
@@ -123,15 +126,18 @@ def _from_folder(folder: Path, *, name: str, dummy: bool) -> ModelFiles:
     if dummy:
         return _dummy(arch, folder=folder, tokenizer_gguf=None)
     headers = [read_header(path) for path in weight_files(folder)]
-    shapes: dict[str, tuple[int, ...]] = {}
+    tensors: dict[str, StoredTensor] = {}
     for header in headers:
         for tensor in header.tensors.values():
-            if tensor.name in shapes:
+            if (loaded := loaded_name(tensor.name, arch)) in tensors:
                 raise CheckpointError(f"{header.path}: tensor {tensor.name!r} lies in another file of this model too")
-            shapes[tensor.name] = tensor.shape
-    check_inventory(arch, shapes, str(folder))
-    used = [t for header in headers for t in header.tensors.values() if not is_ignored(t.name, arch)]
-    sizes = _sizes((tensor.dtype, tensor.num_bytes) for tensor in used)
+            tensors[loaded] = tensor
+    shapes = {loaded: tensor.shape for loaded, tensor in tensors.items()}
+    form = form_of(arch, shapes)
+    check_inventory(arch, shapes, str(folder), stored_shapes(arch, form))
+    used = {loaded: tensor for loaded, tensor in tensors.items() if not is_ignored(loaded, arch)}
+    check_types(arch, {loaded: tensor.dtype for loaded, tensor in used.items()}, str(folder))
+    sizes = _sizes((tensor.dtype, tensor.num_bytes) for tensor in used.values())
     return ModelFiles(
         kind="safetensors",
         name=name,
@@ -142,6 +148,7 @@ def _from_folder(folder: Path, *, name: str, dummy: bool) -> ModelFiles:
         identity=_digest("safetensors", arch, [(h.size_bytes, h.header, _samples(h)) for h in headers]),
         weights_bytes=sizes.total(),
         stored_dtype=DTYPE_NAMES[sizes.most_common(1)[0][0]],
+        expert_form=form,
     )
 
 
