@@ -1,0 +1,398 @@
+"""What others measured of attention/FFN splits, set beside what the pipeline and the catalog say of it.
+
+Measured shares, batches and ratios go in as they were published (`published.yaml`); the speed-ups that were published
+with them are read only to be printed beside ours. Nothing here is fitted to them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import msgspec
+
+from transload.hardware.afd.memory import attention_memory
+from transload.hardware.afd.pipeline import Hop, LayerTimes, Pipeline, step_seconds
+from transload.hardware.afd.stages import SplitWorker, Wire
+from transload.hardware.catalog import load_chip, load_model
+from transload.hardware.cost.shape import StepShape
+from transload.hardware.cost.worker import WorkerCost
+from transload.hardware.parallel import Parallel
+from transload.hardware.precision import DTYPE_BYTES, Precision, with_weights
+
+US, MS = 1e-6, 1e-3
+NVLINK_LATENCY_SECONDS = 5e-6
+"""Assumed, one way, from the last byte's leaving to the other side's kernel seeing it. Hidden at every point here."""
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of what stands in `published.yaml`."""
+
+
+class Workload(Part, frozen=True, kw_only=True):
+    model: str
+    context_tokens: int
+    attention: float
+    """Share of an unsplit step in attention proper: grows with the batch."""
+    dense: float
+    """Share in dense matrices: they are read once a micro-batch, whatever is in it."""
+    experts: float
+    attention_workers: int
+    ffn_workers: int
+    batch: int
+    speedup: float
+
+
+class FastAfd(Part, frozen=True, kw_only=True):
+    source: str
+    batch_expansion: float
+    """Requests a GPU holds when the experts have left it, over before."""
+    micro_batches: int
+    workloads: tuple[Workload, ...]
+
+
+class SweepPoint(Part, frozen=True, kw_only=True):
+    context_tokens: int
+    batch: int
+    trays: int
+    per_chip: float
+    tpot_ms: float
+
+
+class Sweep(Part, frozen=True, kw_only=True):
+    source: str
+    model: str
+    kv_tokens: int
+    points: tuple[SweepPoint, ...]
+
+
+class MeasuredSplit(Part, frozen=True, kw_only=True):
+    attention_workers: int
+    ffn_workers: int
+    per_chip: float
+
+    @property
+    def share_of_attention(self) -> float:
+        return self.attention_workers / (self.attention_workers + self.ffn_workers)
+
+
+class AscendPoint(Part, frozen=True, kw_only=True):
+    context_tokens: int
+    unsplit: float
+    splits: tuple[MeasuredSplit, ...]
+
+
+class Ascend(Part, frozen=True, kw_only=True):
+    source: str
+    model: str
+    chip: str
+    micro_batches: int
+    unsplit_dies: int
+    points: tuple[AscendPoint, ...]
+
+
+class AttentionTimes(Part, frozen=True, kw_only=True):
+    requests_per_gpu: int
+    contexts: tuple[int, int]
+    seconds_us: tuple[float, float]
+
+
+class Step3(Part, frozen=True, kw_only=True):
+    source: str
+    num_layers: int
+    tpot_ms: float
+    micro_batches: int
+    stage_us: float
+    out_us: float
+    back_us: float
+    gpus: int
+    batch: int
+    peak_per_chip: float
+    mean_per_chip: float
+    attention_us: AttentionTimes
+    context_tokens: int
+
+
+class Published(Part, frozen=True, kw_only=True):
+    fastafd: FastAfd
+    fastafd_sweep: Sweep
+    ascend: Ascend
+    step3: Step3
+
+
+@cache
+def published() -> Published:
+    """The file, read once."""
+    return msgspec.yaml.decode((Path(__file__).parent / "published.yaml").read_bytes(), type=Published)
+
+
+def pipeline_from_shares(workload: Workload, expansion: float, micro_batches: int, num_layers: int) -> Pipeline:
+    """The split's pipeline in units of one unsplit step, with FFN and hops hidden: an FFN worker takes as long as the
+    attention side of a micro-batch, the most that does not show."""
+    seconds = (expansion * workload.attention / micro_batches + workload.dense) / num_layers
+    layer = LayerTimes(attention_seconds=seconds, ffn_seconds=seconds, count=num_layers)
+    return Pipeline(
+        layers=(layer,),
+        micro_batches=micro_batches,
+        attention_workers=workload.attention_workers,
+        ffn_workers=workload.ffn_workers,
+    )
+
+
+def speedup_from_shares(workload: Workload, expansion: float, micro_batches: int) -> float:
+    """Tokens per second and chip over the unsplit system's: (B' / B) (T / T') M / (M + N)."""
+    pipeline = pipeline_from_shares(workload, expansion, micro_batches, load_model(workload.model).num_layers)
+    chips = workload.attention_workers + workload.ffn_workers
+    return expansion / step_seconds(pipeline) * workload.attention_workers / chips
+
+
+class FromCatalog(msgspec.Struct, frozen=True, kw_only=True):
+    """The same workload from chips and model alone."""
+
+    attention: float
+    dense: float
+    experts: float
+    expansion: float
+    split_tpot_seconds: float
+    speedup: float
+
+
+def _gb200_split(model: str) -> SplitWorker:
+    """One GPU an attention worker, one tray of four the FFN worker, NVLink between."""
+    card, chip = load_model(model), load_chip("gb200")
+    port = chip.need("scale_up.bandwidth").value
+    return SplitWorker(
+        card,
+        chip,
+        chip,
+        Wire(latency_seconds=NVLINK_LATENCY_SECONDS, attention_bytes_per_second=port, ffn_bytes_per_second=port),
+        ffn_parallel=Parallel(data_attention=4, expert=4),
+        precision=with_weights(card.precision, "fp8"),
+        engine="vllm",
+    )
+
+
+def fastafd_from_catalog(workload: Workload, micro_batches: int) -> FromCatalog:
+    """Shares, batch and speed-up as the cost model has them; batches are what the memory holds."""
+    split = _gb200_split(workload.model)
+    card, chip = split.card, split.ffn_chip
+    unsplit = WorkerCost(chip, card, Parallel(data_attention=4, expert=4), split.precision, "vllm")
+    before = unsplit.capacity.kv_tokens // 4 // workload.context_tokens
+    after = split.most_requests(workload.context_tokens)
+    shape = StepShape(num_decode=4 * before, decode_context_tokens=4 * before * workload.context_tokens)
+    seconds = unsplit.step_seconds(shape)
+    parts = dict.fromkeys(("attention", "experts"), 0.0)
+    for time in unsplit.breakdown(shape):
+        if time.kind in ("attention_decode", "mla_decode"):
+            parts["attention"] += time.seconds / seconds
+        elif time.kind in ("grouped_gemm", "all_to_all"):
+            parts["experts"] += time.seconds / seconds
+    pipeline = split.pipeline(
+        after,
+        after * workload.context_tokens,
+        attention_workers=4 * workload.attention_workers,
+        ffn_workers=workload.ffn_workers,
+        micro_batches=micro_batches,
+    )
+    step = step_seconds(pipeline)
+    chips = workload.attention_workers + workload.ffn_workers
+    return FromCatalog(
+        attention=parts["attention"],
+        dense=1.0 - parts["attention"] - parts["experts"],
+        experts=parts["experts"],
+        expansion=after / before,
+        split_tpot_seconds=step,
+        speedup=after / before * seconds / step * workload.attention_workers / chips,
+    )
+
+
+def sweep_from_catalog(sweep: Sweep) -> list[tuple[SweepPoint, float]]:
+    """Every measured ratio with the step that the cost model predicts at the measured batch, seconds."""
+    split = _gb200_split(sweep.model)
+    return [
+        (
+            point,
+            step_seconds(
+                split.pipeline(point.batch, point.batch * point.context_tokens, attention_workers=4 * point.trays)
+            ),
+        )
+        for point in sweep.points
+    ]
+
+
+class AscendAssumptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What the publication does not say. The defaults are the catalog's and the cost model's."""
+
+    latency_seconds: float = 10e-6
+    indexer_bytes: int = 256
+    """Cached per token and layer beside the latent: one 128-wide indexer key in 16 bits."""
+    memory_share: float | None = None
+    """Of a die's memory, for weights and KV; None: the cost model's."""
+    ffn_memory_share: float | None = None
+    """Share of the memory bandwidth at which an FFN die reads its experts; None: the cost model's."""
+
+
+class AscendResult(msgspec.Struct, frozen=True, kw_only=True):
+    """One context length."""
+
+    context_tokens: int
+    batch_unsplit: int
+    batch_split: int
+    """Requests a die, as its memory holds them."""
+    row_seconds: float
+    """What one more request adds to an unsplit step: from its two published rates."""
+    gains: tuple[float, ...]
+    """Split over unsplit, tokens per second and die, less 1; one a published ratio."""
+    step_seconds: tuple[float, ...]
+    break_even_ratio: float
+    """Attention dies to FFN dies from which a split pays, at the step of the last ratio."""
+
+
+def ascend_results(ascend: Ascend, assumed: AscendAssumptions | None = None) -> list[AscendResult]:
+    """The published splits from the published unsplit rates, the bytes each die holds, and the catalog.
+
+    Batches are what the memory holds, before and after the experts leave. An unsplit step is batch / rate. Its two
+    context lengths differ in the batch alone (twice the context, half the requests), so their difference is what a
+    request costs; attention's part of that is what is left when the FFN's and the exchange's growth are taken off.
+    Attention's weights, FFN calls, hops and bubbles are the cost model's.
+    """
+    assumed = assumed or AscendAssumptions()
+    model = _AscendModel(ascend, assumed)
+    unsplit = [model.batch_unsplit(point.context_tokens) for point in ascend.points]
+    steps = [batch / point.unsplit for batch, point in zip(unsplit, ascend.points, strict=True)]
+    row = (steps[0] - steps[-1]) / (unsplit[0] - unsplit[-1])
+    attention_row = max(0.0, row - model.exchange_row_seconds(unsplit[-1], unsplit[0]))
+    results = []
+    for point, before, step in zip(ascend.points, unsplit, steps, strict=True):
+        after = model.batch_split(point.context_tokens)
+        played = [model.split_step(after, attention_row, split) for split in point.splits]
+        gains = [
+            after / seconds * split.attention_workers / (split.attention_workers + split.ffn_workers) / point.unsplit
+            - 1
+            for split, seconds in zip(point.splits, played, strict=True)
+        ]
+        per_attention_die = after / played[-1] / (before / step)
+        results.append(
+            AscendResult(
+                context_tokens=point.context_tokens,
+                batch_unsplit=before,
+                batch_split=after,
+                row_seconds=row,
+                gains=tuple(gains),
+                step_seconds=tuple(played),
+                break_even_ratio=1 / (per_attention_die - 1) if per_attention_die > 1 else float("inf"),
+            )
+        )
+    return results
+
+
+class _AscendModel:
+    """The two deployments on the catalog's chip."""
+
+    def __init__(self, ascend: Ascend, assumed: AscendAssumptions) -> None:
+        self.card, self.chip = load_model(ascend.model), load_chip(ascend.chip)
+        self.precision: Precision = with_weights(self.card.precision, "int8")
+        self.assumed, self.micro_batches = assumed, ascend.micro_batches
+        dies = ascend.unsplit_dies
+        self.unsplit = WorkerCost(self.chip, self.card, Parallel(data_attention=dies, expert=dies), self.precision)
+        self.dies = dies
+        self.splits: dict[int, SplitWorker] = {}
+        latent = self.card.num_layers * 576 * DTYPE_BYTES["bfloat16"]
+        self.kv_bytes = latent + self.card.num_layers * assumed.indexer_bytes
+
+    def _usable(self) -> float:
+        share = self.assumed.memory_share or self.unsplit.efficiency.memory_share
+        return self.chip.need("memory.hbm.capacity").value * share
+
+    def batch_unsplit(self, context_tokens: int) -> int:
+        room = self._usable() - self.unsplit.capacity.weight_bytes
+        return int(room // (self.kv_bytes * context_tokens))
+
+    def batch_split(self, context_tokens: int) -> int:
+        held = attention_memory(self.chip, self.card, Parallel(), self.precision).weight_bytes
+        return int((self._usable() - held) // (self.kv_bytes * context_tokens))
+
+    def exchange_row_seconds(self, few: int, many: int) -> float:
+        """What the exchange and the experts add to an unsplit step a request."""
+
+        def spent(batch: int) -> float:
+            shape = StepShape(num_decode=batch * self.dies, decode_context_tokens=batch * self.dies)
+            kinds = ("grouped_gemm", "all_to_all")
+            return sum(time.seconds for time in self.unsplit.breakdown(shape) if time.kind in kinds)
+
+        return (spent(many) - spent(few)) / (many - few)
+
+    def split_step(self, batch: int, attention_row: float, split: MeasuredSplit) -> float:
+        worker = self.splits.get(split.ffn_workers)
+        if worker is None:
+            worker = self.splits[split.ffn_workers] = self._split_worker(split.ffn_workers)
+        # The FFN dies hold a part of the experts each and share every call: one worker of the cost model.
+        pipeline = worker.pipeline(
+            batch, batch, attention_workers=split.attention_workers, micro_batches=self.micro_batches
+        )
+        rows = -(-batch // self.micro_batches)
+        layer = pipeline.layers[0]
+        weights_only = worker.attention_layer_seconds(1, 1)
+        attention = weights_only + rows * attention_row / self.card.num_layers
+        ffn = layer.ffn_seconds * self._ffn_factor()
+        layer = msgspec.structs.replace(layer, attention_seconds=attention, ffn_seconds=ffn)
+        return step_seconds(msgspec.structs.replace(pipeline, layers=(layer,)))
+
+    def _ffn_factor(self) -> float:
+        if self.assumed.ffn_memory_share is None:
+            return 1.0
+        curves = self.unsplit.efficiency.grouped_gemm
+        return (curves.get("int8") or curves.get("fp8") or curves["bf16"]).memory / self.assumed.ffn_memory_share
+
+    def _split_worker(self, ffn_dies: int) -> SplitWorker:
+        port = self.chip.need("scale_up.bandwidth").value
+        return SplitWorker(
+            self.card,
+            self.chip,
+            self.chip,
+            Wire(
+                latency_seconds=self.assumed.latency_seconds,
+                attention_bytes_per_second=port,
+                ffn_bytes_per_second=port,
+            ),
+            ffn_parallel=Parallel(data_attention=ffn_dies, expert=ffn_dies),
+            precision=self.precision,
+        )
+
+
+class Step3Result(msgspec.Struct, frozen=True, kw_only=True):
+    """Step-3's stage budget, checked."""
+
+    budget_step_seconds: float
+    """A step whose stages and hops are exactly as long as the design allows."""
+    longest_hops_seconds: float
+    """Out and home together that still do not show."""
+    attention_seconds: float
+    """Of a layer and micro-batch at the design point, from the published attention times."""
+    step_seconds: float
+    per_chip: float
+
+
+def step3_result(step3: Step3) -> Step3Result:
+    """Three stages of 272 us with three micro-batches: what fits in a step, and the rate with the attention times that
+    were measured (a straight line in requests times context; 2048 rows of a micro-batch over 16 attention GPUs)."""
+
+    def pipeline(attention: float, hops: float) -> Pipeline:
+        stage = step3.stage_us * US
+        hop = Hop(latency_seconds=hops / 2)
+        layer = LayerTimes(attention_seconds=attention, ffn_seconds=stage, out=hop, back=hop, count=step3.num_layers)
+        return Pipeline(layers=(layer,), micro_batches=step3.micro_batches)
+
+    times = step3.attention_us
+    slope = (times.seconds_us[1] - times.seconds_us[0]) * US / (times.contexts[1] - times.contexts[0])
+    fixed = times.seconds_us[0] * US - slope * times.contexts[0]
+    rows_per_gpu = step3.batch / step3.micro_batches / (step3.gpus / 2)
+    attention = fixed + slope * step3.context_tokens * rows_per_gpu / times.requests_per_gpu
+    step = step_seconds(pipeline(attention, (step3.out_us + step3.back_us) * US))
+    return Step3Result(
+        budget_step_seconds=step_seconds(pipeline(step3.stage_us * US, (step3.out_us + step3.back_us) * US)),
+        longest_hops_seconds=(step3.micro_batches - 2) * step3.stage_us * US,
+        attention_seconds=attention,
+        step_seconds=step,
+        per_chip=step3.batch / step / step3.gpus,
+    )
