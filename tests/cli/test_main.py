@@ -30,6 +30,10 @@ FROZEN = {
     "chips": "--assume --json NAME",
     "models": "--batch --context --json --kv --skew --weights NAME",
     "links": "--assume --json NAME",
+    "afd": (
+        "--assume --attention --bandwidth --best-by --context --engine --ffn --json --kv --latency --link "
+        "--micro-batches --top --tpot --weights MODEL"
+    ),
     "report": "--csv --event-log --html --perfetto --title RESULTS",
 }
 """Every subcommand and flag. Scripts out there use them: taking one away or renaming it breaks somebody."""

@@ -16,7 +16,7 @@ import msgspec
 from transload.errors import DeploymentError
 from transload.hardware.afd.events import play
 from transload.hardware.afd.memory import attention_memory, fewest_ffn_chips, ffn_chip_bytes, ffn_memory, ffn_stages
-from transload.hardware.afd.pipeline import Bound, Pipeline, report
+from transload.hardware.afd.pipeline import Bound, Pipeline, report, step_seconds
 from transload.hardware.afd.stages import SplitWorker, Wire
 from transload.hardware.chip import Chip
 from transload.hardware.cost.energy import watts_of
@@ -31,6 +31,8 @@ ATTENTION_WORKERS = (*range(1, 17), *range(18, 33, 2), *range(36, 65, 4), *range
 """To one FFN worker. Steps of at most an eighth: the optimum is flat."""
 MOST_UNSPLIT_CHIPS = 64
 LARGEST_BATCH = 4096
+WORTH_GOING_ON = 0.8
+"""Of the best rate so far, below which more attention workers are not tried: the FFN side is what it waits for."""
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,9 +127,9 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 def search(question: Question) -> Answer:
     """Look at every ratio. Raises `DeploymentError` if a side fits no number of its chips."""
     refused: list[str] = []
-    money, power = _prices(question, refused)
+    prices = _prices(question, refused)
     candidates = sorted(
-        (found for worker in _workers(question) for found in _candidates(question, worker, money, power)),
+        (found for worker in _workers(question) for found in _candidates(question, worker, prices)),
         key=lambda candidate: _score(candidate, question.objective),
         reverse=True,
     )
@@ -135,7 +137,7 @@ def search(question: Question) -> Answer:
         refused.append(
             f"no split keeps {question.tpot_seconds * 1e3:g} ms a token at {question.context_tokens} tokens of context"
         )
-    unsplit = tuple(_yardsticks(question, money, power, refused))
+    unsplit = tuple(_yardsticks(question, prices, refused))
     best = candidates[0] if candidates else None
     other = max(unsplit, key=lambda each: _score(each, question.objective), default=None)
     gain = _score(best, question.objective) / _score(other, question.objective) if best and other else None
@@ -206,59 +208,74 @@ def _ffn_splits(chip: Chip, card: ModelCard, precision: Precision) -> list[Paral
         for stage in ffn_stages(chip, card)
         if ffn_chip_bytes(card, stage, precision) <= usable and (stage.num_chips & (stage.num_chips - 1)) == 0
     ]
-    sizes = sorted({stage.num_chips for stage in whole})[:4]
+    sizes = sorted({stage.num_chips for stage in whole})[:3]
     return [stage for stage in whole if stage.num_chips in sizes] or [fewest]
 
 
-def _ratios() -> list[tuple[int, int]]:
-    return [*((workers, 1) for workers in ATTENTION_WORKERS), *((1, workers) for workers in (2, 3, 4))]
+Prices = tuple[tuple[float, float] | None, tuple[float, float] | None]
+"""US dollars an hour and watts, each of an attention chip and an FFN chip; None where one is unknown."""
 
 
-def _candidates(
-    question: Question, worker: SplitWorker, money: tuple[float, float] | None, power: tuple[float, float] | None
-) -> Iterator[Candidate]:
+def _candidates(question: Question, worker: SplitWorker, prices: Prices) -> Iterator[Candidate]:
     most = min(LARGEST_BATCH, worker.most_requests(question.context_tokens))
-    if most < 1:
-        return
-    for attention_workers, ffn_workers in _ratios():
-        for micro_batches in question.micro_batches:
+    for micro_batches in question.micro_batches:
+        largest, best = most, 0.0
+        for attention_workers in ATTENTION_WORKERS:
+            # More attention workers make FFN calls longer, so no batch that was too large becomes small enough.
+            found = _candidate(question, worker, (attention_workers, 1, micro_batches), largest, prices)
+            if found is None:
+                break
+            largest = found.batch
+            limit: Literal["memory", "target"] = "memory" if found.batch == most else "target"
+            yield msgspec.structs.replace(found, batch_limit=limit)
+            best = max(best, found.per_chip)
+            if found.per_chip < WORTH_GOING_ON * best:
+                break
+        for ffn_workers in (2, 3, 4):
+            found = _candidate(question, worker, (1, ffn_workers, micro_batches), most, prices)
+            if found is not None:
+                yield found
 
-            def pipeline(batch: int) -> Pipeline:
-                return worker.pipeline(
-                    batch,
-                    batch * question.context_tokens,
-                    attention_workers=attention_workers,  # noqa: B023 - called before the next ratio
-                    ffn_workers=ffn_workers,  # noqa: B023
-                    micro_batches=micro_batches,  # noqa: B023
-                )
 
-            batch = _largest(lambda size: report(pipeline(size)).step_seconds <= question.tpot_seconds, most)
-            if batch < micro_batches:
-                continue
-            said = report(pipeline(batch))
-            tokens = attention_workers * batch / said.step_seconds
-            chips = (
-                attention_workers * worker.attention_parallel.num_chips,
-                ffn_workers * worker.ffn_parallel.num_chips,
-            )
-            yield Candidate(
-                attention_workers=attention_workers,
-                ffn_workers=ffn_workers,
-                micro_batches=micro_batches,
-                batch=batch,
-                attention_parallel=worker.attention_parallel,
-                ffn_parallel=worker.ffn_parallel,
-                tpot_seconds=said.step_seconds,
-                tokens_per_second=tokens,
-                per_chip=tokens / sum(chips),
-                per_usd=_over(tokens, chips, money, 3600.0),
-                per_joule=_over(tokens, chips, power, 1.0),
-                exposed_share=said.exposed_share,
-                attention_bubble=said.attention_bubble,
-                ffn_bubble=said.ffn_bubble,
-                bound=said.bound,
-                batch_limit="memory" if batch == most else "target",
-            )
+def _candidate(
+    question: Question, worker: SplitWorker, ratio: tuple[int, int, int], most: int, prices: Prices
+) -> Candidate | None:
+    """The largest batch up to `most` that keeps the target at this ratio; None if none does."""
+    attention_workers, ffn_workers, micro_batches = ratio
+
+    def pipeline(batch: int) -> Pipeline:
+        return worker.pipeline(
+            batch,
+            batch * question.context_tokens,
+            attention_workers=attention_workers,
+            ffn_workers=ffn_workers,
+            micro_batches=micro_batches,
+        )
+
+    batch = _largest(lambda size: step_seconds(pipeline(size)) <= question.tpot_seconds, most)
+    if batch < micro_batches:
+        return None
+    said = report(pipeline(batch))
+    tokens = attention_workers * batch / said.step_seconds
+    chips = (attention_workers * worker.attention_parallel.num_chips, ffn_workers * worker.ffn_parallel.num_chips)
+    return Candidate(
+        attention_workers=attention_workers,
+        ffn_workers=ffn_workers,
+        micro_batches=micro_batches,
+        batch=batch,
+        attention_parallel=worker.attention_parallel,
+        ffn_parallel=worker.ffn_parallel,
+        tpot_seconds=said.step_seconds,
+        tokens_per_second=tokens,
+        per_chip=tokens / sum(chips),
+        per_usd=_over(tokens, chips, prices[0], 3600.0),
+        per_joule=_over(tokens, chips, prices[1], 1.0),
+        exposed_share=said.exposed_share,
+        attention_bubble=said.attention_bubble,
+        ffn_bubble=said.ffn_bubble,
+        bound=said.bound,
+        batch_limit="memory" if batch == most else "target",
+    )
 
 
 def _over(tokens: float, chips: tuple[int, int], each: tuple[float, float] | None, seconds: float) -> float | None:
@@ -269,8 +286,8 @@ def _over(tokens: float, chips: tuple[int, int], each: tuple[float, float] | Non
 
 def _largest(keeps: Callable[[int], bool], most: int) -> int:
     """The largest size up to `most` that keeps the target, which larger ones do not; 0 if none does."""
-    if keeps(most):
-        return most
+    if most < 1 or keeps(most):
+        return max(0, most)
     low, high = 0, most
     while high - low > 1:
         middle = (low + high) // 2
@@ -281,21 +298,16 @@ def _largest(keeps: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def _yardsticks(
-    question: Question,
-    money: tuple[float, float] | None,
-    power: tuple[float, float] | None,
-    refused: list[str],
-) -> Iterator[Unsplit]:
+def _yardsticks(question: Question, prices: Prices, refused: list[str]) -> Iterator[Unsplit]:
     """The best unsplit worker on each of the two chips: any number of chips of one kind that holds the model."""
     chips = {question.attention_chip.id: question.attention_chip, question.ffn_chip.id: question.ffn_chip}
     for index, chip in enumerate(chips.values()):
-        prices = (None if money is None else money[index], None if power is None else power[index])
+        own = tuple(None if each is None else each[index] for each in prices)
         found: list[Unsplit] = []
         why: DeploymentError | None = None
         for parallel in _unsplit_splits(question.card):
             try:
-                unsplit = _unsplit(question, chip, parallel, prices)
+                unsplit = _unsplit(question, chip, parallel, own)
             except DeploymentError as error:
                 why = error
                 continue
@@ -317,9 +329,7 @@ def _unsplit_splits(card: ModelCard) -> list[Parallel]:
     return splits
 
 
-def _unsplit(
-    question: Question, chip: Chip, parallel: Parallel, prices: tuple[float | None, float | None]
-) -> Unsplit | None:
+def _unsplit(question: Question, chip: Chip, parallel: Parallel, prices: tuple[float | None, ...]) -> Unsplit | None:
     worker = WorkerCost(chip, question.card, parallel, question.precision, question.engine)
     most = min(LARGEST_BATCH * parallel.data_attention, worker.capacity.kv_tokens // question.context_tokens)
     if most < 1:
@@ -346,21 +356,26 @@ def _unsplit(
     )
 
 
-def _prices(question: Question, refused: list[str]) -> tuple[tuple[float, float] | None, tuple[float, float] | None]:
-    """US dollars an hour and watts of one chip of each side, where both are known."""
-    chips = (question.attention_chip, question.ffn_chip)
-    money = power = None
-    try:
-        money = (chips[0].need("price.per_hour").value, chips[1].need("price.per_hour").value)
-    except DeploymentError as error:
-        refused.append(f"per USD: {error}")
-    try:
-        power = (watts_of(chips[0]).busy, watts_of(chips[1]).busy)
-    except DeploymentError as error:
-        refused.append(f"per watt: {error}")
-    if (question.objective == "usd" and money is None) or (question.objective == "watt" and power is None):
-        raise DeploymentError(refused[-1])
-    return money, power
+def _prices(question: Question, refused: list[str]) -> Prices:
+    """Where both are known. Raises `DeploymentError` if the objective is not."""
+    found: list[tuple[float, float] | None] = []
+    for name, objective, read in (("per USD", "usd", _usd_per_hour), ("per watt", "watt", _watts)):
+        try:
+            found.append((read(question.attention_chip), read(question.ffn_chip)))
+        except DeploymentError as error:
+            if question.objective == objective:
+                raise DeploymentError(f"tokens {name}: {error}") from None
+            refused.append(f"tokens {name}: {error}")
+            found.append(None)
+    return found[0], found[1]
+
+
+def _usd_per_hour(chip: Chip) -> float:
+    return chip.need("price.per_hour").value
+
+
+def _watts(chip: Chip) -> float:
+    return watts_of(chip).busy
 
 
 def _assumed(question: Question) -> list[str]:
