@@ -1,0 +1,1 @@
+"""Published claims beside what the model says of the same setting."""
