@@ -1,0 +1,22 @@
+"""Which function simulates which claim. A claim that is not listed here is not checkable, and its record says why."""
+
+from __future__ import annotations
+
+from transload.study.claims.setting import Setting
+from transload.study.claims.settings import experts, interference, single
+
+SETTINGS: dict[str, Setting] = {
+    "haoai.2_30x": interference.any_inflation,
+    "derived.2_30x.splitwise": interference.splitwise_inflation,
+    "derived.2_30x.sarathi": interference.sarathi_hybrid,
+    "derived.2_30x.distserve": interference.distserve_inflation,
+    "sarathi.chunk_overhead": interference.sarathi_chunks,
+    "splitwise.points": interference.splitwise_points,
+    "deepseek.profile": experts.deepseek_profile,
+    "lmsys.96h100": experts.lmsys_h100,
+    "lmsys.gb200.2": experts.lmsys_gb200,
+    "vllm.wideep_h200": experts.vllm_wide,
+    "infx.r1_fp8_8k1k": experts.inferencex,
+    "dynamo.30x": experts.dynamo,
+    "h200.1.9x": single.h200,
+}
