@@ -63,7 +63,7 @@ def show_finding(finding: Finding, console: Console) -> None:
         if words:
             console.print(f"{name}: {words}", highlight=False, soft_wrap=True)
     for assumption in finding.assumptions:
-        console.print(f"assumed: {assumption}", highlight=False, soft_wrap=True)
+        console.print(f"rests on: {assumption}", highlight=False, soft_wrap=True)
     console.print(Text(f"verdict: {verdict_words(finding)}", STYLES[finding.verdict]))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from transload.study.claims.setting import Setting
-from transload.study.claims.settings import experts, interference, single
+from transload.study.claims.settings import experts, interference, single, sram, transfer
 
 SETTINGS: dict[str, Setting] = {
     "haoai.2_30x": interference.any_inflation,
@@ -19,4 +19,11 @@ SETTINGS: dict[str, Setting] = {
     "infx.r1_fp8_8k1k": experts.inferencex,
     "dynamo.30x": experts.dynamo,
     "h200.1.9x": single.h200,
+    "distserve.kvtransfer": transfer.distserve_share,
+    "hack.paper": transfer.hack_share,
+    "3fs": transfer.three_fs,
+    "cerebras.tps": sram.cerebras,
+    "aws_cerebras": sram.aws_cerebras,
+    "groq.v1": sram.groq,
+    "sambanova.sn50": sram.sambanova,
 }

@@ -115,7 +115,7 @@ def vllm_wide() -> Answer:
     values: dict[str, Simulated] = {}
     costs = [_wide("h200_sxm", ranks, engine="vllm") for ranks in (32, 64)]
     for key, cost in zip(("throughput", "wider"), costs, strict=True):
-        batches = [batch for batch in BATCHES if 16 <= batch and fits(cost, batch * cost.parallel.num_chips * 3072)]
+        batches = [batch for batch in BATCHES if batch >= 16 and fits(cost, batch * cost.parallel.num_chips * 3072)]
         points = tuple((float(batch), _decode_rate(cost, batch, 3072)) for batch in batches)
         middle = _decode_rate(cost, 256, 3072)
         values[key] = Simulated(value=middle, curve=Curve(along="requests a GPU", points=points))
