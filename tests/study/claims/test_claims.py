@@ -95,7 +95,7 @@ def _twice(figure: Figure) -> Figure:
 
 
 def _simulated(findings: list[Finding]) -> list[float | None]:
-    return [figure.simulated and figure.simulated.value for finding in findings for figure in finding.figures]
+    return [f.simulated.value if f.simulated else None for finding in findings for f in finding.figures]
 
 
 def test_changing_what_is_claimed_changes_no_simulated_value() -> None:
@@ -128,5 +128,5 @@ def test_a_setting_that_the_model_refuses_is_not_checkable_and_says_why() -> Non
 
 
 def test_an_unknown_claim_names_the_one_that_was_meant() -> None:
-    with pytest.raises(DeploymentError, match=r"did you mean distserve\.blog_toy"):
+    with pytest.raises(DeploymentError, match=r"did you mean .distserve\.blog_toy"):
         record("distserve.blogtoy")

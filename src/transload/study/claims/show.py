@@ -42,7 +42,7 @@ def show_finding(finding: Finding, console: Console) -> None:
     console.print(Text(record.title, "bold"), Text(f"({record.id})", "dim"))
     console.print(f"{record.kind}; {record.source}", style="dim", highlight=False, soft_wrap=True)
     for name, value in record.setup.items():
-        console.print(f"  {name:<14} {value}", highlight=False, soft_wrap=True)
+        console.print(f"  {name:<14} {setup_words(value)}", highlight=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False, show_edge=False)
     for name in ("figure", "claimed", "simulated", "error", "verdict", "why"):
         numeric = name in ("claimed", "simulated", "error")
@@ -65,6 +65,11 @@ def show_finding(finding: Finding, console: Console) -> None:
     for assumption in finding.assumptions:
         console.print(f"rests on: {assumption}", highlight=False, soft_wrap=True)
     console.print(Text(f"verdict: {verdict_words(finding)}", STYLES[finding.verdict]))
+
+
+def setup_words(value: str | float) -> str:
+    """A value of a setting; whole numbers without a point."""
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def leading_figure(finding: Finding) -> Judged:
@@ -117,7 +122,7 @@ def counts_words(finding: Finding) -> str:
 def verdict_words(finding: Finding) -> str:
     """`reproduced within 12 %`, or the verdict with the first reason for it."""
     if finding.verdict == "reproduced":
-        return f"reproduced within {max(0.01, finding.worst_error or 0.0):.0%}"
+        return f"reproduced within {max(0.01, finding.worst_error):.0%}" if finding.worst_error else "reproduced"
     reasons = list(_reasons(finding))
     return f"{finding.verdict}: {reasons[0]}" if reasons else finding.verdict
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 import msgspec
 
 from transload.errors import DeploymentError
@@ -14,6 +16,7 @@ from transload.study.claims.verdict import Curve, Simulated
 WSE_DENSE = ("cerebras_wse3.dense_flops.fp16=15.6 PFLOP/s",)
 """An eighth of the headline, which one source calls sparse; decode of one user does not come near it."""
 CONTEXT = 1024
+MORE_MICROSECONDS = (0, 1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 60, 80, 100)
 
 
 def wafers(model: str) -> WorkerCost:
@@ -26,8 +29,12 @@ def wafers(model: str) -> WorkerCost:
 
 
 def one_user(cost: WorkerCost, context: int = CONTEXT) -> Simulated:
-    """Tokens a second of a single stream."""
-    return rate(cost, 1 / decode_seconds(cost, 1, context))
+    """Tokens a second of a single stream, and what they would be if each layer took so much longer: what a chip adds to
+    a layer between its operations is published by nobody."""
+    step = decode_seconds(cost, 1, context)
+    slower = [(float(extra), 1 / (step + cost.card.num_layers * extra * 1e-6)) for extra in MORE_MICROSECONDS]
+    curve = Curve(along="us more a layer", points=tuple(slower))
+    return msgspec.structs.replace(rate(cost, 1 / step), curve=curve)
 
 
 def cerebras() -> Answer:
@@ -59,18 +66,19 @@ def aws_cerebras() -> Answer:
 
 def lpus(model: str) -> WorkerCost:
     """The fewest LPUs that hold a model in 8 bits and one user's context, in stages of 8, 16 or 32."""
-    found: WorkerCost | None = None
+
+    def stages(tensor: int, pipeline: int) -> WorkerCost:
+        return worker("groq_v1", model, tensor=tensor, pipeline=pipeline, weights=_eight_bits(model), kv="int8")
+
+    most = load_model(model).num_layers
+    found: list[WorkerCost] = []
     for tensor in (8, 16, 32):
-        for pipeline in range(1, load_model(model).num_layers + 1):
-            cost = worker("groq_v1", model, tensor=tensor, pipeline=pipeline, weights=_eight_bits(model), kv="int8")
-            if found is not None and cost.parallel.num_chips >= found.parallel.num_chips:
-                break
-            if fits(cost, 4096):
-                found = cost
-                break
-    if found is None:
+        fewest = 1 + bisect_left(range(1, most + 1), True, key=lambda pipeline: fits(stages(tensor, pipeline), 4096))
+        if fewest <= most:
+            found.append(stages(tensor, fewest))
+    if not found:
         raise DeploymentError(f"{model}: no stages of 8, 16 or 32 LPUs hold it")
-    return found
+    return min(found, key=lambda cost: cost.parallel.num_chips)
 
 
 def _eight_bits(model: str) -> str:
