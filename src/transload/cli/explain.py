@@ -10,7 +10,7 @@ from transload.cli.deployment_flags import add_deployment_flags, resolve_flags, 
 
 if TYPE_CHECKING:
     from transload.deploy.explain import ModelFacts
-    from transload.deploy.spec import ModelSpec
+    from transload.deploy.spec import Deployment, ModelSpec
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -28,7 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code: 0; 1 if it does not fit this machine."""
+    """Exit code: 0; 1 if it does not fit this machine, or the chips it names."""
     import msgspec
 
     from transload.deploy.explain import explain
@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
     if args.yaml:
         sys.stdout.write(to_yaml(deployment))
         return 0
+    if any(pool.chip is not None for pool in deployment.pools):
+        return _explain_simulated(deployment, source_of(args), as_json=args.json)
     facts = find_model(deployment.model)
     machine = read_machine(with_gpus=any(pool.device != "cpu" for pool in deployment.pools))
     explanation = explain(plan_placement(deployment, machine, facts.arch), facts, source_of(args))
@@ -52,6 +54,24 @@ def run(args: argparse.Namespace) -> int:
 
         # Rich takes a pipe for 80 columns wide, which breaks every table line.
         show(explanation, Console(width=None if sys.stdout.isatty() else 130))
+    return 0 if explanation.fits else 1
+
+
+def _explain_simulated(deployment: Deployment, source: str, *, as_json: bool) -> int:
+    """Chips of the catalog instead of this machine."""
+    import msgspec
+
+    from transload.study.explain_simulated import explain_simulated
+
+    explanation = explain_simulated(deployment, source)
+    if as_json:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(explanation), indent=2).decode() + "\n")
+    else:
+        from rich.console import Console
+
+        from transload.study.show_explained import show_explained
+
+        show_explained(explanation, Console(width=None if sys.stdout.isatty() else 150))
     return 0 if explanation.fits else 1
 
 

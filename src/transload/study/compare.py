@@ -60,6 +60,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     goodput_requests_per_second: float
     attainment: float | None
     meets_targets: bool | None
+    load_factor: float | None
+    """Times the workload's own rate: the highest at which it keeps its targets. None: it was not looked for."""
     usd_per_million_tokens: Price
     kwh_per_million_tokens: Price
     good_requests_per_usd: float | None
@@ -78,19 +80,27 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     """Who wins what, in sentences; the first says whether splitting pays."""
 
 
-def compare(pairs: Iterable[tuple[Deployment, Result]]) -> Comparison:
-    """The table. Raises `DeploymentError` for a chip that is not in the catalog."""
+def compare(
+    pairs: Iterable[tuple[Deployment, Result]], *, workload: str = "", factors: Sequence[float] | None = None
+) -> Comparison:
+    """The table. `factors`: the results are of each deployment's highest load, so many times the workload's own.
+
+    Raises `DeploymentError` for a chip that is not in the catalog.
+    """
     found = list(pairs)
-    rows = tuple(row_of(deployment, result) for deployment, result in found)
+    loads = factors if factors is not None else [None] * len(found)
+    rows = tuple(
+        row_of(deployment, result, load_factor=load) for (deployment, result), load in zip(found, loads, strict=True)
+    )
     return Comparison(
-        workload=found[0][1].workload,
+        workload=workload or found[0][1].workload,
         simulated=any(result.simulated for _, result in found),
         rows=rows,
         verdicts=verdicts_on(rows),
     )
 
 
-def row_of(deployment: Deployment, result: Result) -> Row:
+def row_of(deployment: Deployment, result: Result, *, load_factor: float | None = None) -> Row:
     """One deployment's columns."""
     summary = result.summary
     fleet = fleet_of(deployment)
@@ -116,6 +126,7 @@ def row_of(deployment: Deployment, result: Result) -> Row:
         goodput_requests_per_second=good,
         attainment=summary.attainment,
         meets_targets=summary.meets_targets,
+        load_factor=load_factor,
         usd_per_million_tokens=_usd(fleet, result),
         kwh_per_million_tokens=_kwh(fleet, result),
         good_requests_per_usd=None if not usd_per_hour else good * 3600 / usd_per_hour,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from transload.study.claims.setting import Setting
-from transload.study.claims.settings import experts, interference, single, sram, transfer
+from transload.study.claims.settings import experts, interference, single, split, sram, transfer
 
 SETTINGS: dict[str, Setting] = {
     "haoai.2_30x": interference.any_inflation,
@@ -26,4 +26,6 @@ SETTINGS: dict[str, Setting] = {
     "aws_cerebras": sram.aws_cerebras,
     "groq.v1": sram.groq,
     "sambanova.sn50": sram.sambanova,
+    "step3": split.step3,
+    "lpx.35x": split.lpx,
 }
