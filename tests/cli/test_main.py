@@ -34,6 +34,7 @@ FROZEN = {
         "--assume --attention --bandwidth --best-by --context --engine --ffn --json --kv --latency --link "
         "--micro-batches --top --tpot --weights MODEL"
     ),
+    "claims": "--json --list IDS",
     "report": "--csv --event-log --html --perfetto --title RESULTS",
 }
 """Every subcommand and flag. Scripts out there use them: taking one away or renaming it breaks somebody."""
