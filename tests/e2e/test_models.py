@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 PROMPT = [5, 17, 30, 8, 99, 41, 3, 77, 12, 60, 28, 90, 55, 14, 71, 33, 47, 9, 64]
 
 
-@pytest.mark.parametrize("name", ["qwen3", "mistral"])
+@pytest.mark.parametrize("name", ["qwen3", "mistral", "qwen3_moe", "mixtral", "gpt_oss"])
 def test_a_folder_of_safetensors_is_served_as_transformers_computes_it(name: str, tmp_path: Path) -> None:
     oracle = tiny_model(name).float().eval()
     folder = saved(oracle, tmp_path / name)
