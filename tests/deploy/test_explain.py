@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from tests.deploy.test_placement import BFLOAT16_TOKEN, MIB, SMOLLM2, deployment, machine
+from transload.arch import Experts
 from transload.deploy.explain import Explanation, ModelFacts, explain
 from transload.deploy.placement import plan_placement
 from transload.deploy.show import show
@@ -75,3 +76,15 @@ def test_names_with_square_brackets_are_printed_as_they_are() -> None:
 def test_keys_of_the_api_are_never_shown() -> None:
     explanation = explained("1p1d", "server.api_keys=[sesame]")
     assert b"sesame" not in msgspec.json.encode(explanation)
+
+
+def test_a_mixture_says_what_a_token_goes_through() -> None:
+    experts = Experts(num_experts=16, per_token=4, intermediate_size=512)
+    arch = msgspec.structs.replace(SMOLLM2, family="qwen3_moe", experts=experts)
+    placement = plan_placement(deployment("2agg"), machine(), arch)
+    explanation = explain(placement, ModelFacts(name="moe", arch=arch), "topology 2agg")
+    one_expert = 3 * arch.hidden_size * 512
+    unused = arch.num_layers * 12 * one_expert
+    assert explanation.model.num_parameters - explanation.model.num_active_parameters == unused
+    assert explanation.workers[0].weights_bytes >= 2 * arch.num_parameters()  # all lie in memory, used or not
+    assert "4 of 16 experts" in printed(explanation)

@@ -36,6 +36,11 @@ class ModelLine(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     family: str
     num_parameters: int
+    num_active_parameters: int
+    """Weights that one token is multiplied with."""
+    num_experts: int | None
+    """In each mixture; None: the model has none."""
+    experts_per_token: int | None
     num_layers: int
     stored_dtype: str | None
     stored_bytes: int | None
@@ -148,10 +153,14 @@ def explain(placement: Placement, facts: ModelFacts, source: str) -> Explanation
 
 
 def _model_line(placement: Placement, facts: ModelFacts) -> ModelLine:
+    experts = facts.arch.experts
     return ModelLine(
         name=facts.name,
         family=facts.arch.family,
         num_parameters=facts.arch.num_parameters(),
+        num_active_parameters=facts.arch.num_active_parameters(),
+        num_experts=experts.num_experts if experts is not None else None,
+        experts_per_token=experts.per_token if experts is not None else None,
         num_layers=facts.arch.num_layers,
         stored_dtype=facts.stored_dtype,
         stored_bytes=facts.stored_bytes,

@@ -32,10 +32,16 @@ def _show_head(explanation: Explanation, console: Console) -> None:
     if model.stored_dtype is not None and model.stored_bytes is not None:
         stored = f"stored as {model.stored_dtype}, {format_bytes(model.stored_bytes)}"
     exact = ", deterministic" if model.deterministic else ""
+    active = ""
+    if model.num_experts is not None:
+        active = (
+            f" ({model.num_active_parameters / 1e6:,.0f} M for a token: {model.experts_per_token} of "
+            f"{model.num_experts} experts)"
+        )
     console.print(f"[bold]{escape(explanation.source)}[/]")
     console.print(
-        f"model    {escape(model.name)}: {model.num_parameters / 1e6:,.0f} M weights in {model.num_layers} layers, "
-        f"{stored}; computes in {model.dtype}{exact}",
+        f"model    {escape(model.name)}: {model.num_parameters / 1e6:,.0f} M weights{active} in {model.num_layers} "
+        f"layers, {stored}; computes in {model.dtype}{exact}",
         highlight=False,
     )
     console.print(

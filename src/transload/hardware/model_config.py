@@ -123,7 +123,7 @@ def _attention(keys: Keys, family: str, hidden: int) -> Attention:
         raise DeploymentError(
             f"{keys.where}: {num_heads} attention heads cannot share {kv_heads} key/value heads evenly"
         )
-    usual = 128 if family in ("qwen3", "qwen3_moe") else 64 if family == "gpt_oss" else hidden // num_heads
+    usual = 128 if family == "qwen3" else 64 if family == "gpt_oss" else hidden // num_heads
     head_dim = keys.optional_size("head_dim") or usual
     if not head_dim:
         raise DeploymentError(f"{keys.where}: hidden_size {hidden} is smaller than {num_heads} attention heads")
