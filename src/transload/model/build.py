@@ -25,6 +25,8 @@ from transload.model.llama import (
     steady_swiglu,
     swiglu,
 )
+from transload.model.native.library import load
+from transload.model.native.packed import Arena
 
 Tensors = MutableMapping[str, torch.Tensor]
 
@@ -53,6 +55,8 @@ class WeightSource:
     ) -> None:
         self.arch = arch
         self.proof = proof
+        library = load() if proof is None and device.type == "cpu" else None
+        self._arena = Arena(library) if library is not None else None
         self._tensors = tensors
         self._dtype = dtype
         self._device = device
@@ -65,17 +69,19 @@ class WeightSource:
     def norm(self, name: str, size: int) -> RmsNorm:
         return RmsNorm(self.take(name, size), self.arch.norm_eps)
 
-    def fused(self, prefix: str, outputs: dict[str, int], inputs: int, *, biased: bool) -> Linear:
-        """The projections `prefix.<name>`, stacked in the order given."""
+    def fused(self, prefix: str, outputs: dict[str, int], inputs: int, *, biased: bool, gated: bool = False) -> Linear:
+        """The projections `prefix.<name>`, stacked in the order given. `gated`: two that meet element by element."""
         weight = [self.take(f"{prefix}.{name}.weight", size, inputs) for name, size in outputs.items()]
         bias = [self.take(f"{prefix}.{name}.bias", size) for name, size in outputs.items()] if biased else []
         stacked = torch.cat(weight) if len(weight) > 1 else weight[0].contiguous()
-        return Linear(stacked, torch.cat(bias) if bias else None, self.proof)
+        split = len(stacked) // 2 if gated else 0
+        return Linear(stacked, torch.cat(bias) if bias else None, self.proof, split=split, arena=self._arena)
 
     def head(self, embedding: torch.Tensor) -> Linear:
         if self.arch.tied_embeddings:
-            return Linear(embedding, None, self.proof)
-        return Linear(self.take("lm_head.weight", *embedding.shape).contiguous(), None, self.proof)
+            return Linear(embedding, None, self.proof, arena=self._arena)
+        weight = self.take("lm_head.weight", *embedding.shape).contiguous()
+        return Linear(weight, None, self.proof, arena=self._arena)
 
 
 def build_attention_side(weights: WeightSource) -> AttentionSide:
@@ -150,6 +156,6 @@ def _feed_forward(
     weights: WeightSource, prefix: str, size: int, activation: Activation, *, biased: bool
 ) -> FeedForward:
     hidden = weights.arch.hidden_size
-    gate_up = weights.fused(prefix, {"gate_proj": size, "up_proj": size}, hidden, biased=biased)
+    gate_up = weights.fused(prefix, {"gate_proj": size, "up_proj": size}, hidden, biased=biased, gated=True)
     down = weights.fused(prefix, {"down_proj": hidden}, size, biased=biased)
     return FeedForward(gate_up, down, activation)

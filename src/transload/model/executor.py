@@ -16,6 +16,7 @@ from transload.control.messages import RunStep, Sampled, StepDone
 from transload.model.batch import Batch, BatchBuilder
 from transload.model.kv_cache import KvCache
 from transload.model.llama import LlamaModel
+from transload.model.native.runner import NativeRunner
 from transload.model.rope import RotaryEmbedding
 from transload.model.sampler import Sampler
 from transload.model.staging import HostStage
@@ -64,6 +65,7 @@ class TorchExecutor:
             deterministic=model.deterministic,
             device=model.device,
         )
+        self._native = NativeRunner.of(model, self._cache, threads)
         self._sampler = Sampler()
         self._graphs = StepGraphs(model) if StepGraphs.suits(model) else None
 
@@ -90,21 +92,26 @@ class TorchExecutor:
         started = perf_counter()
         if not step.chunks:
             return StepDone(step=step.step, sampled=(), seconds=perf_counter() - started)
-        batch = self._batches.build(step.chunks, step=step.step)
         streams = any(chunk.streams for chunk in step.chunks)
         if self._stage is not None:
             self._stage.fetch(step.arrived)
+        logits_RV = self._logits(step, self._reporter(step, layers_ready) if streams else None)
         sampled: tuple[Sampled, ...] = ()
-        if self._graphs is not None and self._graphs.takes(step.chunks):
-            sampled = self._sampler.sample(self._graphs.logits(batch), step.chunks)
-            return StepDone(step=step.step, sampled=sampled, seconds=perf_counter() - started)
-        residual_RE = self._run_layers(batch, self._reporter(step, layers_ready) if streams else None)
-        if len(residual_RE):
-            logits_RV = self._model.attention.logits(residual_RE)
+        if len(logits_RV):
             sampled = self._sampler.sample(logits_RV, [chunk for chunk in step.chunks if chunk.samples])
         else:
             self._wait_for_device()
         return StepDone(step=step.step, sampled=sampled, seconds=perf_counter() - started)
+
+    def _logits(self, step: RunStep, layers_ready: Callable[[int, int], None] | None) -> torch.Tensor:
+        """[R, V] after the chunks that sample, in their order."""
+        if self._native is not None:
+            return self._native.run(step.chunks, self._layers_per_frame, layers_ready)
+        batch = self._batches.build(step.chunks, step=step.step)
+        if self._graphs is not None and self._graphs.takes(step.chunks):
+            return self._graphs.logits(batch)
+        residual_RE = self._run_layers(batch, layers_ready)
+        return self._model.attention.logits(residual_RE) if len(residual_RE) else residual_RE
 
     def _run_layers(self, batch: Batch, layers_ready: Callable[[int, int], None] | None) -> torch.Tensor:
         """Answer each feed-forward call on the spot; the residual [R, E] of the rows that draw a token."""

@@ -1,7 +1,8 @@
-"""Linear layers: weights packed once where torch can, and a deterministic form whose rows never depend on the batch.
+"""Linear layers: weights packed once where possible, and a deterministic form whose rows never depend on the batch.
 
-Owns every use of oneDNN's private packing operators, so that nothing else in the project knows they exist. A layer
-built here always works: packing that is missing or computes something else falls back to `functional.linear`.
+Owns the choice of how a layer is multiplied: by our own kernels, by oneDNN's private packing operators, which nothing
+else in the project knows of, or by `functional.linear`. A layer built here always works: packing that is missing or
+computes something else falls back to the latter. Deterministic layers do not use our own kernels.
 
 Why tiles: a CPU matrix multiplication picks its kernel, and with it the order of its additions, by the number of rows,
 so a row's last bit depends on who shares its batch. Deterministic layers compute rows only in tiles whose sizes were
@@ -11,12 +12,14 @@ zero rows.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch.nn import functional
 
 from transload.errors import MachineError
+from transload.model.native.packed import Arena, PackedLinear, fits
 
 REFERENCE_TILE = 4
 _LARGER_TILES = (8, 16, 32, 64, 128, 256)
@@ -48,12 +51,25 @@ class TileProof:
 class Linear:
     """y = x W^T + b over rows. Immutable once built."""
 
-    __slots__ = ("_kernel", "_out_features", "_tiles")
+    __slots__ = ("_kernel", "_out_features", "_tiles", "packed")
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, proof: TileProof | None) -> None:
-        """`weight` [out, in], `bias` [out]. With a `proof` the layer is deterministic."""
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        proof: TileProof | None,
+        *,
+        split: int = 0,
+        arena: Arena | None = None,
+    ) -> None:
+        """`weight` [out, in], `bias` [out]. With a `proof` the layer is deterministic.
+
+        `split`: the weight stacks two projections of so many outputs that meet element by element. `arena` is where our
+        own kernels' weights go.
+        """
         self._out_features = weight.shape[0]
-        self._kernel = _packed_kernel(weight, bias) or _plain_kernel(weight, bias)
+        self.packed = PackedLinear(weight, bias, split=split, arena=arena) if _is_ours(weight, split, proof) else None
+        self._kernel = self.packed or _packed_kernel(weight, bias) or _plain_kernel(weight, bias)
         self._tiles = proof.tiles(self._kernel, weight, biased=bias is not None) if proof is not None else ()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -61,6 +77,18 @@ class Linear:
         if not self._tiles:
             return self._kernel(x)
         return _in_tiles(self._kernel, x, self._tiles, self._out_features)
+
+
+def _is_ours(weight: torch.Tensor, split: int, proof: TileProof | None) -> bool:
+    return proof is None and fits(weight, split) and _kernels_agree(weight.dtype)
+
+
+@functools.cache
+def _kernels_agree(dtype: torch.dtype) -> bool:
+    """Whether our own kernels, as compiled here, compute what torch does: tried once on a layer of uneven panels."""
+    generator = torch.Generator().manual_seed(20_260_102)
+    weight = torch.randn(112, 64, generator=generator).to(dtype)
+    return _agrees_with_plain(PackedLinear(weight, None), weight, None)
 
 
 def _plain_kernel(weight: torch.Tensor, bias: torch.Tensor | None) -> RowsKernel:

@@ -12,7 +12,7 @@ Shapes: T rows, E hidden size, H query heads, K key/value heads, D head dimensio
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch.nn import functional
@@ -55,11 +55,11 @@ the rows after which a token is drawn, in the order of the chunks."""
 class RmsNorm:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32, rounded once to the weight's dtype."""
 
-    __slots__ = ("_dtype", "_eps", "_inverse_size", "_weight")
+    __slots__ = ("_dtype", "_eps", "_inverse_size", "weight")
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
         self._dtype = weight.dtype
-        self._weight = weight.float()
+        self.weight = weight.float()
         self._eps = torch.tensor(eps, device=weight.device)
         self._inverse_size = 1.0 / weight.shape[0]
 
@@ -67,7 +67,19 @@ class RmsNorm:
         x = x.float()
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = torch.addcmul(self._eps, length, length, value=self._inverse_size).rsqrt_()
-        return (x * scale).mul_(self._weight).to(self._dtype)
+        return (x * scale).mul_(self.weight).to(self._dtype)
+
+
+class AttentionParts(NamedTuple):
+    """What an attention layer is made of, for kernels that compute it in one go."""
+
+    input_norm: RmsNorm
+    qkv: Linear
+    query_norm: RmsNorm | None
+    key_norm: RmsNorm | None
+    output: Linear
+    sinks: torch.Tensor | None
+    ffn_norm: RmsNorm
 
 
 class AttentionLayer:
@@ -98,6 +110,12 @@ class AttentionLayer:
         self._sinks = sinks
         self._ffn_norm = ffn_norm
         self._router = router
+
+    @property
+    def parts(self) -> AttentionParts:
+        return AttentionParts(
+            self._input_norm, self._qkv, self._query_norm, self._key_norm, self._output, self._sinks, self._ffn_norm
+        )
 
     def project(self, layer: int, residual_TE: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Write the rows' keys and values into the cache; return their rotated queries [T, H, D]."""
@@ -138,6 +156,16 @@ class FeedForward:
         self._down = down
         self._activation = activation
 
+    @property
+    def linears(self) -> tuple[Linear, Linear]:
+        """Gate and up stacked; down."""
+        return self._gate_up, self._down
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its activation is silu(gate) * up."""
+        return self._activation is swiglu
+
     def __call__(self, hidden_TE: torch.Tensor, _routing: Routing | None = None) -> torch.Tensor:
         gate_TI, up_TI = self._gate_up(hidden_TE).chunk(2, -1)
         return self._down(self._activation(gate_TI, up_TI))
@@ -177,23 +205,23 @@ class AttentionSide:
         self, embedding: torch.Tensor, layers: Sequence[AttentionLayer], final_norm: RmsNorm, head: Linear
     ) -> None:
         """`embedding` [V, E]; `head` [V, E] is packed separately even if it is the same weight."""
-        self._embedding = embedding
-        self._layers = layers
-        self._final_norm = final_norm
-        self._head = head
+        self.embedding = embedding
+        self.layers = layers
+        self.final_norm = final_norm
+        self.head = head
 
     @property
     def num_layers(self) -> int:
-        return len(self._layers)
+        return len(self.layers)
 
     def run(self, batch: Batch) -> LayerCalls:
         """One micro-batch through all layers. When a call is yielded, its layer's keys and values are in the cache.
 
         The last layer's call has only the rows after which a token is drawn, and is left out if there are none.
         """
-        residual_TE = functional.embedding(batch.token_ids, self._embedding).float()
-        last = len(self._layers) - 1
-        for number, layer in enumerate(self._layers):
+        residual_TE = functional.embedding(batch.token_ids, self.embedding).float()
+        last = len(self.layers) - 1
+        for number, layer in enumerate(self.layers):
             q_THD = layer.project(number, residual_TE, batch)
             if number == last:
                 if len(batch.kept) == 0:
@@ -207,7 +235,7 @@ class AttentionSide:
 
     def logits(self, residual_TE: torch.Tensor) -> torch.Tensor:
         """[R, V] in the model's dtype, of rows [R, E] that `run` returned."""
-        return self._head(self._final_norm(residual_TE))
+        return self.head(self.final_norm(residual_TE))
 
 
 class LlamaModel:

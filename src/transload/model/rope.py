@@ -142,11 +142,24 @@ class RotaryEmbedding:
         if self._by_length:
             lengths_T = torch.maximum(positions_T + 1, num_prompt_tokens_T)
             return Rotation(*self._compute(positions_T, self._frequencies_for(lengths_T)), self._num_heads)
+        self._reach(positions_T)
+        rows_T = positions_T.to(self._device)
+        return Rotation(self._cos_PD[rows_T].unsqueeze(1), self._sin_PF[rows_T].unsqueeze(1), self._num_heads)
+
+    def angles(self, positions_T: torch.Tensor, num_prompt_tokens_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [T, F] of what `at` rotates by, contiguous."""
+        num_frequencies = self._arch.head_dim // 2
+        if self._by_length:
+            lengths_T = torch.maximum(positions_T + 1, num_prompt_tokens_T)
+            cos_T1D, sin_T1F = self._compute(positions_T, self._frequencies_for(lengths_T))
+            return cos_T1D[:, 0, :num_frequencies].contiguous(), sin_T1F[:, 0].contiguous()
+        self._reach(positions_T)
+        return self._cos_PD[positions_T, :num_frequencies].contiguous(), self._sin_PF[positions_T].contiguous()
+
+    def _reach(self, positions_T: torch.Tensor) -> None:
         largest = int(positions_T.max())
         if largest >= len(self._cos_PD):
             self._grow(1 << largest.bit_length())
-        rows_T = positions_T.to(self._device)
-        return Rotation(self._cos_PD[rows_T].unsqueeze(1), self._sin_PF[rows_T].unsqueeze(1), self._num_heads)
 
     def _grow(self, num_positions: int) -> None:
         cos_P1D, sin_P1F = self._compute(torch.arange(num_positions), self._inverse_F)

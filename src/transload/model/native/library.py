@@ -1,0 +1,210 @@
+"""The compiled kernels: built once per machine into the cache folder by the compiler found there, loaded with ctypes.
+
+Owns the compiler's command line, the name under which a build is kept, and the signatures. Never raises for a machine
+that cannot build them: `load` then says why, and torch computes. Imports no torch.
+
+A build's name is a hash of the sources, the flags, the compiler and the processor's features, so that a cache folder
+shared by unlike machines never hands out instructions that one of them lacks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+
+from transload.errors import MachineError
+from transload.model.cache import cache_folder, locked
+
+SWITCH = "TRANSLOAD_NATIVE"
+"""Environment variable: 0 leaves the kernels alone."""
+SOURCES = ("llama.c", "attention.h", "pool.h", "tiles.h", "vector.h")
+MAIN = SOURCES[0]
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-w", "-shared", "-fPIC")
+COMPILERS = ("cc", "gcc", "clang")
+COMPILE_SECONDS = 240.0
+_FOLDER = Path(__file__).parent
+
+
+class LinearStruct(Structure):
+    """`struct linear` of tiles.h."""
+
+    _fields_ = (
+        ("num_outputs", c_int64),
+        ("num_inputs", c_int64),
+        ("kind", c_int64),
+        ("split", c_int64),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+    )
+
+
+class LayerStruct(Structure):
+    """`struct layer` of llama.c."""
+
+    _fields_ = (
+        ("input_norm", c_void_p),
+        ("query_norm", c_void_p),
+        ("key_norm", c_void_p),
+        ("ffn_norm", c_void_p),
+        ("qkv", LinearStruct),
+        ("output", LinearStruct),
+        ("gate_up", LinearStruct),
+        ("down", LinearStruct),
+        ("window", c_int64),
+    )
+
+
+class ModelStruct(Structure):
+    """`struct model` of llama.c."""
+
+    _fields_ = (
+        ("hidden_size", c_int64),
+        ("intermediate_size", c_int64),
+        ("num_layers", c_int64),
+        ("num_heads", c_int64),
+        ("num_kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("vocab_size", c_int64),
+        ("kind", c_int64),
+        ("norm_eps", c_double),
+        ("final_norm", c_void_p),
+        ("embedding", c_void_p),
+        ("head", LinearStruct),
+        ("layers", POINTER(LayerStruct)),
+    )
+
+
+class StepStruct(Structure):
+    """`struct step` of llama.c, with `struct cache` of attention.h at its end."""
+
+    _fields_ = (
+        ("num_rows", c_int64),
+        ("num_spans", c_int64),
+        ("num_kept", c_int64),
+        ("token_ids", c_void_p),
+        ("cosines", c_void_p),
+        ("sines", c_void_p),
+        ("positions", c_void_p),
+        ("row_blocks", c_void_p),
+        ("spans", c_void_p),
+        ("blocks", c_void_p),
+        ("kept", c_void_p),
+        ("kept_spans", c_void_p),
+        ("cache_base", c_void_p),
+        ("cache_kind", c_int64),
+        ("cache_num_layers", c_int64),
+        ("cache_num_kv_heads", c_int64),
+        ("cache_block_size", c_int64),
+        ("cache_head_dim", c_int64),
+    )
+
+
+class Library:
+    """The functions of a loaded build."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises `OSError` or `AttributeError` if the file is not a build of these sources."""
+        library = ctypes.CDLL(str(path))
+
+        def function(name: str, result: type | None, *arguments: object) -> ctypes._NamedFuncPointer:
+            found = getattr(library, f"transload_{name}")
+            found.restype, found.argtypes = result, arguments
+            return found  # type: ignore[no-any-return]
+
+        linear = POINTER(LinearStruct)
+        self.allocate = function("allocate", c_void_p, c_int64)
+        self.free = function("free", None, c_void_p, c_int64)
+        self.packed_bytes = function("packed_bytes", c_int64, linear)
+        self.pack = function("pack", None, linear, c_void_p)
+        self.multiply = function("multiply", None, linear, c_void_p, c_int64, c_void_p, c_void_p)
+        self.open = function("open", c_void_p, POINTER(ModelStruct), c_int64)
+        self.close = function("close", None, c_void_p)
+        self.run_layers = function("run_layers", c_int, c_void_p, POINTER(StepStruct), c_int64, c_int64)
+        self.logits = function("logits", None, c_void_p, c_void_p)
+        self.first_largest = function("first_largest", None, POINTER(c_float), c_int64, c_int64, POINTER(c_int64))
+        self.lanes: int = function("lanes", c_int64)()
+        self.instruction_set: str = function("instruction_set", c_char_p)().decode()
+
+
+def load() -> Library | None:
+    """The kernels for this machine, built if need be (a few seconds, once); None where torch must do."""
+    return _attempt()[0]
+
+
+def explanation() -> str:
+    """Which instructions the kernels use, or why there are none."""
+    library, reason = _attempt()
+    return library.instruction_set if library is not None else reason
+
+
+@functools.cache
+def _attempt() -> tuple[Library | None, str]:
+    if os.environ.get(SWITCH) == "0":
+        return None, f"switched off by {SWITCH}=0"
+    if sys.byteorder != "little":
+        return None, "this machine's byte order is not one they are written for"
+    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    if compiler is None:
+        return None, f"no C compiler found (looked for {', '.join(COMPILERS)})"
+    try:
+        return Library(_built(compiler)), ""
+    except (OSError, AttributeError, MachineError, subprocess.SubprocessError) as error:
+        return None, str(error)
+
+
+def build(compiler: str, flags: tuple[str, ...], target: Path) -> None:
+    """Compile into `target` in one move. Raises `MachineError` with what the compiler said."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as scratch:
+        made = Path(scratch) / target.name
+        command = [compiler, *flags, str(_FOLDER / MAIN), "-o", str(made), "-lpthread"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
+        if done.returncode != 0:
+            raise MachineError(f"{compiler} cannot compile the kernels: {done.stderr.strip()[-500:]}")
+        os.replace(made, target)
+
+
+def _built(compiler: str) -> Path:
+    folder = cache_folder() / "native"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{_fingerprint(compiler)}.so"
+    failure = path.with_suffix(".failed")
+    if path.exists():
+        return path
+    with locked(folder / "build.lock", wait_seconds=COMPILE_SECONDS):
+        if path.exists():
+            return path
+        if failure.exists():
+            raise MachineError(failure.read_text())
+        try:
+            build(compiler, FLAGS, path)
+        except MachineError as error:
+            failure.write_text(f"{error} (delete {failure} to try again)")
+            raise
+    return path
+
+
+def _fingerprint(compiler: str) -> str:
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        digest.update((_FOLDER / name).read_bytes())
+    state = os.stat(os.path.realpath(compiler))
+    digest.update(repr((FLAGS, os.path.realpath(compiler), state.st_size, state.st_mtime_ns)).encode())
+    digest.update(f"{platform.machine()} {_features()}".encode())
+    return digest.hexdigest()[:24]
+
+
+def _features() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.lower().startswith(("flags", "features"))), "")

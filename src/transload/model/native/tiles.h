@@ -1,0 +1,240 @@
+/* Matrix multiplication over weights packed once: rows x [T, K] times W^T, W [N, K].
+
+Owns the packed layout and the tiles. Weights lie in panels of PANEL_OUTPUTS outputs, a panel as K consecutive groups of
+PANEL_VECTORS vectors (bfloat16: K / 2 groups, each lane a pair of consecutive inputs). An output is one sequential sum
+over the inputs whatever shares its tile, so a row's bits never depend on how many rows there are.
+
+`split` > 0: the first half of a panel's vectors are outputs of [0, split), the second half the same outputs of
+[split, 2 split): a gate and its up projection then meet in one tile. */
+
+#ifndef TRANSLOAD_TILES_H
+#define TRANSLOAD_TILES_H
+
+#include "vector.h"
+
+enum { KIND_FLOAT32 = 0, KIND_BFLOAT16 = 1 };
+
+struct linear {
+    int64_t num_outputs, num_inputs, kind, split;
+    void *weight;
+    float *bias; /* or NULL */
+};
+
+INLINE int64_t element_bytes(int64_t kind) { return kind == KIND_FLOAT32 || !PAIRED ? 4 : 2; }
+INLINE int64_t panel_bytes(int64_t kind, int64_t num_inputs) {
+    return num_inputs * PANEL_OUTPUTS * (kind == KIND_FLOAT32 ? 4 : 2);
+}
+INLINE int64_t num_panels(const struct linear *linear) {
+    return (linear->num_outputs + PANEL_OUTPUTS - 1) / PANEL_OUTPUTS;
+}
+
+/* The first output of a vector of a panel. */
+INLINE int64_t first_output(int64_t split, int64_t panel, int vector) {
+    const int half = PANEL_VECTORS / 2;
+    if (split == 0) return (panel * PANEL_VECTORS + vector) * LANES;
+    return vector < half ? (panel * half + vector) * LANES : split + (panel * half + vector - half) * LANES;
+}
+
+/* Activations are stored as their kind's tiles read them. */
+INLINE void store_activation(int64_t kind, void *row, int64_t column, vf value) {
+    if (kind == KIND_FLOAT32 || !PAIRED)
+        store((float *)row + column, value);
+    else
+        store_bf16((uint16_t *)row + column, value);
+}
+
+INLINE vf multiply_pairs(vf sum, vu weights, uint32_t pair) {
+    vu pairs = pair - (vu){0};
+#if defined(__AVX512BF16__) && PAIRED
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pairs, (__m512bh)weights);
+#else
+    sum += high_halves(pairs) * high_halves(weights);
+    return sum + low_halves(pairs) * low_halves(weights);
+#endif
+}
+
+/* One tile: `num_rows` rows against `panels` neighbouring panels; sums in out[(row * panels + panel) * PANEL_VECTORS]. */
+INLINE void tile(int kind, int num_rows, int panels, const void *x, int64_t row_bytes, const void *weight,
+                 int64_t num_inputs, vf *out) {
+    const int width = PANEL_VECTORS;
+    vf sum[8 * PANEL_VECTORS];
+    const int64_t stride = panel_bytes(kind, num_inputs);
+#pragma GCC unroll 32
+    for (int i = 0; i < num_rows * panels * width; i++) sum[i] = (vf){0};
+    if (kind == KIND_FLOAT32) {
+        for (int64_t k = 0; k < num_inputs; k++)
+#pragma GCC unroll 4
+            for (int panel = 0; panel < panels; panel++) {
+                const vf *w = (const vf *)((const char *)weight + panel * stride) + k * width;
+#pragma GCC unroll 8
+                for (int row = 0; row < num_rows; row++) {
+                    vf a = all(*((const float *)((const char *)x + row * row_bytes) + k));
+#pragma GCC unroll 4
+                    for (int v = 0; v < width; v++) sum[(row * panels + panel) * width + v] += a * w[v];
+                }
+            }
+    } else if (PAIRED) {
+        for (int64_t k = 0; k < num_inputs / 2; k++)
+#pragma GCC unroll 4
+            for (int panel = 0; panel < panels; panel++) {
+                const vu *w = (const vu *)((const char *)weight + panel * stride) + k * width;
+#pragma GCC unroll 8
+                for (int row = 0; row < num_rows; row++) {
+                    uint32_t pair;
+                    memcpy(&pair, (const char *)x + row * row_bytes + 4 * k, 4);
+#pragma GCC unroll 4
+                    for (int v = 0; v < width; v++) {
+                        vf *s = &sum[(row * panels + panel) * width + v];
+                        *s = multiply_pairs(*s, w[v], pair);
+                    }
+                }
+            }
+    } else {
+        for (int64_t k = 0; k < num_inputs / 2; k++)
+#pragma GCC unroll 4
+            for (int panel = 0; panel < panels; panel++) {
+                const vu *w = (const vu *)((const char *)weight + panel * stride) + k * width;
+                vf wide[PANEL_VECTORS];
+#pragma GCC unroll 4
+                for (int v = 0; v < width; v++) wide[v] = low_halves(w[v]);
+#pragma GCC unroll 8
+                for (int row = 0; row < num_rows; row++) {
+                    vf a = all(*((const float *)((const char *)x + row * row_bytes) + 2 * k));
+#pragma GCC unroll 4
+                    for (int v = 0; v < width; v++) sum[(row * panels + panel) * width + v] += a * wide[v];
+                }
+#pragma GCC unroll 4
+                for (int v = 0; v < width; v++) wide[v] = high_halves(w[v]);
+#pragma GCC unroll 8
+                for (int row = 0; row < num_rows; row++) {
+                    vf a = all(*((const float *)((const char *)x + row * row_bytes) + 2 * k + 1));
+#pragma GCC unroll 4
+                    for (int v = 0; v < width; v++) sum[(row * panels + panel) * width + v] += a * wide[v];
+                }
+            }
+    }
+#pragma GCC unroll 32
+    for (int i = 0; i < num_rows * panels * width; i++) out[i] = sum[i];
+}
+
+#define SINGLE_ROW_PANELS (8 / PANEL_VECTORS)
+
+typedef void tile_function(const void *, int64_t, const void *, int64_t, vf *);
+#define TILE(name, kind, rows, panels)                                                                          \
+    static __attribute__((noinline)) void name(const void *x, int64_t row_bytes, const void *weight,            \
+                                               int64_t num_inputs, vf *out) {                                   \
+        tile(kind, rows, panels, x, row_bytes, weight, num_inputs, out);                                        \
+    }
+#define TILES(suffix, kind)                                                                                     \
+    TILE(tile_1_##suffix, kind, 1, 1) TILE(tile_2_##suffix, kind, 2, 1) TILE(tile_3_##suffix, kind, 3, 1)       \
+    TILE(tile_4_##suffix, kind, 4, 1) TILE(tile_5_##suffix, kind, 5, 1) TILE(tile_6_##suffix, kind, 6, 1)       \
+    TILE(wide_1_##suffix, kind, 1, SINGLE_ROW_PANELS) TILE(wide_2_##suffix, kind, 2, 2)                         \
+    TILE(wide_3_##suffix, kind, 3, 2)
+TILES(f32, KIND_FLOAT32)
+TILES(bf16, KIND_BFLOAT16)
+static tile_function *const TILE_OF[2][TILE_ROWS + 1] = {
+    {0, tile_1_f32, tile_2_f32, tile_3_f32, tile_4_f32, tile_5_f32, tile_6_f32},
+    {0, tile_1_bf16, tile_2_bf16, tile_3_bf16, tile_4_bf16, tile_5_bf16, tile_6_bf16},
+};
+/* With few rows a panel alone has too few independent sums to keep the multipliers busy. */
+static tile_function *const WIDE_TILE_OF[2][4] = {
+    {0, wide_1_f32, wide_2_f32, wide_3_f32},
+    {0, wide_1_bf16, wide_2_bf16, wide_3_bf16},
+};
+INLINE int panels_together(int64_t num_rows) {
+    if (num_rows == 1) return SINGLE_ROW_PANELS;
+    return num_rows <= 3 && PANEL_VECTORS == 2 ? 2 : 1;
+}
+
+/* What becomes of the sums. */
+enum { SINK_FLOAT32, SINK_ADD, SINK_SILU, SINK_BFLOAT16 };
+struct sink {
+    int mode;
+    int kind; /* of the activations that SINK_SILU stores */
+    int64_t row_bytes;
+    void *rows; /* row 0 of what the tiles start at */
+};
+
+static void sink_panel(const struct linear *linear, const struct sink *sink, int64_t panel, int64_t row,
+                       const vf *sums) {
+    char *to = (char *)sink->rows + row * sink->row_bytes;
+    if (sink->mode == SINK_SILU) {
+        const int half = PANEL_VECTORS / 2;
+        for (int v = 0; v < half; v++) {
+            int64_t column = first_output(linear->split, panel, v);
+            if (column >= linear->split) return;
+            vf gate = sums[v], up = sums[v + half];
+            if (linear->bias) {
+                gate += load(linear->bias + column);
+                up += load(linear->bias + linear->split + column);
+            }
+            store_activation(sink->kind, to, column, silu(gate) * up);
+        }
+        return;
+    }
+    for (int v = 0; v < PANEL_VECTORS; v++) {
+        int64_t column = first_output(linear->split, panel, v);
+        if (column >= linear->num_outputs || (v < PANEL_VECTORS / 2 && linear->split && column >= linear->split))
+            continue;
+        vf value = sums[v];
+        if (linear->bias) value += load(linear->bias + column);
+        if (sink->mode == SINK_BFLOAT16)
+            store_bf16((uint16_t *)to + column, value);
+        else if (sink->mode == SINK_ADD)
+            store((float *)to + column, load((float *)to + column) + value);
+        else
+            store((float *)to + column, value);
+    }
+}
+
+/* Rows [num_rows, K] of activations through panels [low, high). */
+static void multiply(const struct linear *linear, const void *x, int64_t row_bytes, int64_t num_rows, int64_t low,
+                     int64_t high, const struct sink *sink) {
+    vf sums[8 * PANEL_VECTORS];
+    const int64_t stride = panel_bytes(linear->kind, linear->num_inputs);
+    const int64_t tiles = (num_rows + TILE_ROWS - 1) / TILE_ROWS, base = num_rows / tiles, more = num_rows % tiles;
+    int64_t panel = low;
+    const int together = panels_together(num_rows);
+    for (; together > 1 && panel + together <= high; panel += together) {
+        const char *weight = (const char *)linear->weight + panel * stride;
+        WIDE_TILE_OF[linear->kind][num_rows](x, row_bytes, weight, linear->num_inputs, sums);
+        for (int64_t row = 0; row < num_rows; row++)
+            for (int i = 0; i < together; i++)
+                sink_panel(linear, sink, panel + i, row, sums + (row * together + i) * PANEL_VECTORS);
+    }
+    for (; panel < high; panel++) {
+        const char *weight = (const char *)linear->weight + panel * stride;
+        for (int64_t t = 0, row = 0; t < tiles; t++) {
+            const int64_t rows = base + (t < more);
+            TILE_OF[linear->kind][rows]((const char *)x + row * row_bytes, row_bytes, weight, linear->num_inputs, sums);
+            for (int64_t i = 0; i < rows; i++) sink_panel(linear, sink, panel, row + i, sums + i * PANEL_VECTORS);
+            row += rows;
+        }
+    }
+}
+
+/* Fill `linear->weight` from rows [N, K] of the same kind. */
+static void pack(const struct linear *linear, const void *rows) {
+    const int64_t n = linear->num_outputs, k = linear->num_inputs;
+    const int64_t limit = linear->split ? linear->split : n;
+    for (int64_t panel = 0; panel < num_panels(linear); panel++) {
+        char *to = (char *)linear->weight + panel * panel_bytes(linear->kind, k);
+        for (int v = 0; v < PANEL_VECTORS; v++)
+            for (int lane = 0; lane < LANES; lane++) {
+                const int64_t output = first_output(linear->split, panel, v) + lane;
+                const int present = output < n && (v >= PANEL_VECTORS / 2 || !linear->split || output < limit);
+                if (linear->kind == KIND_FLOAT32) {
+                    float *place = (float *)to + v * LANES + lane;
+                    const float *from = (const float *)rows + output * k;
+                    for (int64_t i = 0; i < k; i++) place[i * PANEL_OUTPUTS] = present ? from[i] : 0.0f;
+                } else {
+                    uint32_t *place = (uint32_t *)to + v * LANES + lane;
+                    const uint16_t *from = (const uint16_t *)rows + output * k;
+                    for (int64_t i = 0; i < k / 2; i++)
+                        place[i * PANEL_OUTPUTS] = present ? from[2 * i] | (uint32_t)from[2 * i + 1] << 16 : 0;
+                }
+            }
+    }
+}
+
+#endif
