@@ -30,9 +30,18 @@ def random_rows(num_rows: int, size: int, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_a_layer_multiplies(shape: tuple[int, int], dtype: torch.dtype, biased: bool, deterministic: bool) -> None:
+@pytest.mark.parametrize(("deterministic", "native"), [(False, True), (False, False), (True, False)])
+def test_a_layer_multiplies(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    biased: bool,
+    deterministic: bool,
+    native: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     weight, bias = random_layer(shape, dtype, biased=biased)
+    if not native:
+        monkeypatch.setattr(linear, "fits", lambda weight, split: False)
     layer = Linear(weight, bias, TileProof() if deterministic else None)
     for num_rows in (1, 2, 5, 33, 300):
         x = random_rows(num_rows, shape[1], dtype)
@@ -73,6 +82,7 @@ def test_deterministic_rows_do_not_depend_on_the_number_of_threads() -> None:
 
 
 def test_packing_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "fits", lambda weight, split: False)
     weight, _ = random_layer((64, 32), torch.float32, biased=False)
     wrong = weight.clone()
     wrong[3, 4] += 1.0

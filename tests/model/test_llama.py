@@ -15,8 +15,10 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from tests.model.stepping import Running, Stepper, arch_of, stepper_of, tensors_of
 from tests.model.test_rope import ROPES, rope_config
 from tests.model.tiny_models import MIXTURES, SHAPE
+from transload.model import linear
 from transload.model.build import build_model
 from transload.model.llama import FfnCall
+from transload.model.native.library import load
 
 BIG = SHAPE | {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 6}
 MODELS: dict[str, Any] = {
@@ -68,15 +70,32 @@ def assert_greedy(oracle: Any, running: Running) -> None:
     assert running.outputs == logits.argmax(-1).tolist()
 
 
+@pytest.fixture(params=["native", "torch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Models built while this is "torch" do without our own kernels."""
+    chosen: str = request.param
+    if chosen == "torch":
+        monkeypatch.setattr(linear, "fits", lambda weight, split: False)
+    return chosen
+
+
+def assert_kernels(stepper: Stepper, name: str, kernels: str) -> None:
+    """That the test tests what it says, where a compiler is at hand."""
+    if load() is not None and name not in MIXTURES and not name.endswith("-all"):
+        assert (stepper.executor._native is not None) == (kernels == "native")
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_of_a_chunked_prompt_are_those_of_transformers(name: str) -> None:
+def test_logits_of_a_chunked_prompt_are_those_of_transformers(name: str, kernels: str) -> None:
     oracle = oracle_of(name)
     stepper = stepper_of(oracle)
+    assert_kernels(stepper, name, kernels)
     for length, chunk_tokens in ((1, None), (16, None), (17, 16), (100, 37), (190, 64), (300, None)):
         running = stepper.add(prompt_of(length))
         stepper.prefill(running, chunk_tokens)
         want = oracle_logits(oracle, prompt_of(length))
-        torch.testing.assert_close(stepper.logits[0], want, rtol=1e-4, atol=1e-4)
+        # transformers itself is up to 1.6e-4 from its own result in float64
+        torch.testing.assert_close(stepper.logits[0], want, rtol=1e-4, atol=4e-4)
         stepper.drop(running)
 
 
@@ -117,12 +136,21 @@ def test_prompts_and_single_tokens_mix_in_one_step() -> None:
 
 
 @pytest.mark.parametrize("name", ["smollm2", "mistral", "qwen2", "qwen3", "mixtral-all", "gpt_oss-all"])
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_bfloat16_is_as_close_to_float32_as_transformers_bfloat16_is(name: str, deterministic: bool) -> None:
+def test_bfloat16_is_as_close_to_float32_as_transformers_bfloat16_is(name: str, kernels: str) -> None:
+    assert_bfloat16_is_close(name, kernels, deterministic=False)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "mistral", "qwen2", "qwen3", "mixtral-all", "gpt_oss-all"])
+def test_deterministic_bfloat16_is_as_close_to_float32(name: str) -> None:
+    assert_bfloat16_is_close(name, "torch", deterministic=True)
+
+
+def assert_bfloat16_is_close(name: str, kernels: str, *, deterministic: bool) -> None:
     """Mixtures choose all experts here: a rounding that chooses another one would drown all others. The ratio of one
     mixture's errors is 0.8 to 1.3 over six seeds."""
     oracle = oracle_of(name, torch.bfloat16)
     stepper = stepper_of(oracle, dtype=torch.bfloat16, deterministic=deterministic)
+    assert_kernels(stepper, name, kernels)
     exact = copy.deepcopy(oracle).float()
     ours, theirs = [], []
     for length in (3, 20, 60, 61, 150):
