@@ -273,7 +273,7 @@ def test_a_layer_split_over_workers_has_the_bits_of_the_whole(name: str, dtype: 
         ]
         for num_rows in (1, 2, 7, 40):
             hidden = torch.randn(num_rows, arch.hidden_size, dtype=dtype)
-            router = model.attention._layers[1]._router
+            router = model.attention.layers[1]._router
             assert router is not None
             routing = router(hidden)
             whole = model.feed_forwards[1](hidden, routing)
