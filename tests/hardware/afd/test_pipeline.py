@@ -8,9 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transload.hardware.afd.events import play
-from transload.hardware.afd.pipeline import Hop, LayerTimes, Pipeline, Split, report, step_seconds, without_hops
+from transload.hardware.afd.pipeline import (
+    Hop,
+    LayerTimes,
+    Pipeline,
+    Split,
+    report,
+    step_curve,
+    step_seconds,
+    without_hops,
+)
 
-RATIOS = [(1, 1), (2, 1), (3, 1), (6, 1), (3, 2), (7, 4), (1, 2), (1, 3), (2, 4)]
+RATIOS = [(1, 1), (2, 1), (3, 1), (6, 1), (3, 2), (7, 4), (1, 2), (1, 3), (2, 4), (1, 6)]
 
 
 def times(low: float = 0.0, high: float = 1.0) -> st.SearchStrategy[float]:
@@ -39,7 +48,7 @@ def pipelines(draw: st.DrawFn, splits: tuple[Split, ...] = ("replica", "column",
             ffn_seconds=draw(times(0.05)),
             out=out,
             back=back,
-            count=draw(st.integers(12, 20)),
+            count=draw(st.integers(20, 30)),
         )
         for _ in range(runs)
     )
@@ -54,7 +63,7 @@ def pipelines(draw: st.DrawFn, splits: tuple[Split, ...] = ("replica", "column",
     )
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(pipelines())
 def test_closed_form_and_events_agree_within_two_percent(pipeline: Pipeline) -> None:
     assert step_seconds(pipeline) == pytest.approx(play(pipeline).step_seconds, rel=0.02)
@@ -74,6 +83,18 @@ def test_parts_of_calls_that_share_a_spine_are_told_roughly(pipeline: Pipeline, 
     )
     pipeline = msgspec.structs.replace(pipeline, layers=layers)
     assert step_seconds(pipeline) == pytest.approx(play(pipeline).step_seconds, rel=0.15)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(pipelines(), times())
+def test_a_step_curve_is_the_closed_form_at_any_attention(pipeline: Pipeline, attention: float) -> None:
+    curve = step_curve(pipeline)
+    if curve is None:
+        assert not pipeline.is_even
+        return
+    layer = msgspec.structs.replace(pipeline.layers[0], attention_seconds=attention)
+    changed = msgspec.structs.replace(pipeline, layers=(layer,))
+    assert curve.step_seconds(attention) == pytest.approx(step_seconds(changed), rel=1e-9)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

@@ -75,6 +75,13 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
         return max(1, self.ffn_workers // self.attention_workers)
 
     @property
+    def is_even(self) -> bool:
+        """Whether all layers are alike, and an attention worker's micro-batches are dealt out evenly to FFN workers."""
+        return len(self.layers) == 1 and (
+            self.replicas >= self.micro_batches or self.micro_batches % self.replicas == 0
+        )
+
+    @property
     def parts(self) -> int:
         """FFN workers that one micro-batch goes to at once."""
         return 1 if self.split == "replica" else self.ffn_workers
@@ -190,14 +197,15 @@ def layer_period(pipeline: Pipeline, layer: LayerTimes) -> tuple[float, Bound]:
 
 
 def step_seconds(pipeline: Pipeline) -> float:
-    """Seconds of a step. Closed form where all layers are alike and no worker has several FFN workers to turn to."""
-    if len(pipeline.layers) > 1 or pipeline.replicas > 1:
+    """Seconds of a step. Closed form where all layers are alike and all FFN workers get as many micro-batches."""
+    if not pipeline.is_even:
         return _step_layer_by_layer(pipeline)
     layer = pipeline.layers[0]
     through = layer.attention_seconds + layer.ffn_seconds + layer.out.latency_seconds + layer.back.latency_seconds
     through += _ports(pipeline, layer.out, layer.back, pipeline.cohort_size, pipeline.cohort_size)
     # All FFN workers' cohorts start at once, and only later find turns on what they share.
-    through += (pipeline.attention_workers - pipeline.cohort_size) * layer.out.shared_seconds
+    others = pipeline.attention_workers - pipeline.cohort_size
+    through += others * max(layer.out.shared_seconds, layer.back.shared_seconds)
     behind = max(_loads(pipeline, layer).chain.values())
     return through + behind + (layer.count - 1) * layer_period(pipeline, layer)[0] + pipeline.tail_seconds
 
@@ -227,6 +235,51 @@ def _step_layer_by_layer(pipeline: Pipeline) -> float:
                 returning = start + loads["back"] / m
                 ready[j] = start + home + layer.back.latency_seconds
     return max(ready) + pipeline.tail_seconds
+
+
+class StepCurve(msgspec.Struct, frozen=True, kw_only=True):
+    """A step as a function of its attention side alone: all layers alike, everything else as it is.
+
+    The closed form is a few straight lines and the largest of them, so that a step whose context has grown costs next
+    to nothing to tell.
+    """
+
+    fixed_seconds: float
+    """Of the first micro-batch's way through one layer, and the tail."""
+    behind_seconds: float
+    """What other resources do after their first micro-batch."""
+    around_seconds: float
+    """A micro-batch's round trip less its attention."""
+    busiest_seconds: float
+    """Per layer, of the busiest resource that is not attention."""
+    micro_batches: int
+    num_layers: int
+
+    def step_seconds(self, attention_seconds: float) -> float:
+        """The step, for attention seconds of one layer and micro-batch."""
+        all_of_them = self.micro_batches * attention_seconds
+        behind = max(self.behind_seconds, all_of_them - attention_seconds)
+        period = max(self.around_seconds + attention_seconds, all_of_them, self.busiest_seconds)
+        return self.fixed_seconds + attention_seconds + behind + (self.num_layers - 1) * period
+
+
+def step_curve(pipeline: Pipeline) -> StepCurve | None:
+    """None where there is no closed form (see `step_seconds`)."""
+    if not pipeline.is_even:
+        return None
+    layer = msgspec.structs.replace(pipeline.layers[0], attention_seconds=0.0)
+    idle = msgspec.structs.replace(pipeline, layers=(layer,))
+    loads = _loads(idle, layer)
+    behind = max(loads.chain.values())
+    alone = step_seconds(msgspec.structs.replace(idle, layers=(msgspec.structs.replace(layer, count=1),)))
+    return StepCurve(
+        fixed_seconds=alone - behind,
+        behind_seconds=behind,
+        around_seconds=_round(idle, layer),
+        busiest_seconds=max(loads.total.values()),
+        micro_batches=pipeline.micro_batches,
+        num_layers=layer.count,
+    )
 
 
 def without_hops(pipeline: Pipeline) -> Pipeline:

@@ -179,6 +179,19 @@ class SplitWorker:
         An FFN worker whose chips have whole experts gets a row once and passes it on inside, or gets it at each chip
         that has an expert of it, whichever makes the shorter step.
         """
+        made = self.pipelines(
+            num_requests,
+            context_tokens,
+            attention_workers=attention_workers,
+            ffn_workers=ffn_workers,
+            micro_batches=micro_batches,
+        )
+        return made[0] if len(made) == 1 else min(made, key=step_seconds)
+
+    def pipelines(
+        self, num_requests: int, context_tokens: float, *, attention_workers: int, ffn_workers: int, micro_batches: int
+    ) -> list[Pipeline]:
+        """One for each way that rows may cross."""
         used = min(micro_batches, num_requests)
         servers = ffn_workers * self.ffn_parallel.pipeline if self.split == "replica" else ffn_workers
         shape = Pipeline(
@@ -191,8 +204,7 @@ class SplitWorker:
         )
         rows = math.ceil(num_requests / used)
         attention = self.attention_layer_seconds(rows, context_tokens / num_requests * rows)
-        made = [self._made(shape, rows, attention, direct=direct) for direct in self._ways(shape.parts)]
-        return made[0] if len(made) == 1 else min(made, key=step_seconds)
+        return [self._made(shape, rows, attention, direct=direct) for direct in self._ways(shape.parts)]
 
     def _made(self, shape: Pipeline, rows: int, attention_seconds: float, *, direct: bool) -> Pipeline:
         copies = self.copies(shape.parts, direct=direct)
