@@ -35,6 +35,7 @@ FROZEN = {
         "--micro-batches --top --tpot --weights MODEL"
     ),
     "claims": "--json --list IDS",
+    "calibrate": f"--api-key --output --quick --url {DEPLOYMENT}",
     "report": "--csv --event-log --html --perfetto --title RESULTS",
 }
 """Every subcommand and flag. Scripts out there use them: taking one away or renaming it breaks somebody."""

@@ -15,10 +15,24 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from transload import __version__
-from transload.cli import afd, bench, chat, chips, claims, doctor, explain, links, models, report, serve, worker
+from transload.cli import (
+    afd,
+    bench,
+    calibrate,
+    chat,
+    chips,
+    claims,
+    doctor,
+    explain,
+    links,
+    models,
+    report,
+    serve,
+    worker,
+)
 from transload.errors import TransloadError
 
-COMMANDS = (serve, chat, bench, explain, doctor, worker, chips, models, links, report, afd, claims)
+COMMANDS = (serve, chat, bench, explain, doctor, worker, chips, models, links, report, afd, claims, calibrate)
 EXAMPLES = """\
 examples:
   transload serve                                one prefill and one decode worker on this machine

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 from transload.errors import DeploymentError
+from transload.hardware.measured import MeasuredSteps
 from transload.hardware.quantity import Figure, Quantity, Text
 from transload.hardware.slots import Described, Slots
 
@@ -120,6 +121,8 @@ class Chip(Described, frozen=True, kw_only=True, forbid_unknown_fields=True):
     power: Power = Power()
     price: Price = Price()
     system: System | None = None
+    measured: MeasuredSteps | None = None
+    """Of a machine that `transload calibrate` measured: seconds of steps, in place of peaks."""
 
     def __post_init__(self) -> None:
         names = [tier.tier for tier in self.memory]

@@ -184,8 +184,8 @@ class TimelineRecorder:
         self._transports: set[str] = set()
         self._steps: list[Step] = []
         self._num_left_out = 0
-        self._unreported: dict[str, deque[tuple[float, float]]] = {}
-        """Ends and lengths of steps by worker, whose shape the controller has not been told yet."""
+        self._unreported: dict[str, deque[tuple[float, float, int]]] = {}
+        """Ends, seconds and numbers of steps by worker, whose shape the controller has not been told yet."""
         self._sources: dict[tuple[int, int], str] = {}
         self._transfers: list[TransferSpan] = []
         self._live: dict[int, _LiveRequest] = {}
@@ -200,8 +200,8 @@ class TimelineRecorder:
         now -= self._began
         self._last = max(self._last, now)
         match event:
-            case StepDone(_, _, seconds) if seconds > 0:
-                self._unreported.setdefault(who, deque()).append((now, seconds))
+            case StepDone(_, _, seconds, count) if seconds > 0:
+                self._unreported.setdefault(who, deque()).append((now, seconds, count))
             case Reserve(request, epoch, source):
                 self._sources[request.id, epoch] = source
             case Prefill(request, epoch):
@@ -314,7 +314,7 @@ class TimelineRecorder:
         live = self._live.get(token.request)
         if live is None or token.index < live.num_outputs:
             return
-        live.num_outputs = token.index + 1
+        live.num_outputs = token.index + 1 + len(token.more)
         if live.stages[-1][0] in ("prefill", "queue", "prefill queue"):
             if not live.is_handed_off:
                 live.begin("decode", worker, now)
@@ -356,23 +356,33 @@ class TimelineRecorder:
         )
         if load.step_seconds <= 0:
             return
-        end = now
-        waiting = self._unreported.get(load.worker)
-        while waiting:
-            at, seconds = waiting.popleft()
-            if seconds == load.step_seconds:  # the worker's own word of when it ended
-                end = at
-                break
+        end, seconds = self._computed(load, now)
         self._keep(
             Step(
                 worker=load.worker,
-                start_seconds=max(0.0, end - load.step_seconds),
+                start_seconds=max(0.0, end - seconds),
                 end_seconds=end,
                 num_prefill_tokens=load.step_prefill_tokens,
                 num_decode=load.step_decode_tokens,
                 num_requests=load.step_requests,
+                num_steps=load.num_steps,
             )
         )
+
+    def _computed(self, load: Load, now: float) -> tuple[float, float]:
+        """When the steps that this load is about ended, and how long they took: as the worker itself said, else as far
+        as the controller can know."""
+        waiting = self._unreported.get(load.worker)
+        end, seconds, count = now, load.step_seconds * load.num_steps, 0
+        spent = 0.0
+        while waiting and count < load.num_steps:
+            end, took, steps = waiting.popleft()
+            if load.num_steps == 1 and took != load.step_seconds:
+                end = now  # of a step that nobody was told of
+                continue
+            spent += took
+            count += steps
+        return (end, max(spent, seconds)) if count == load.num_steps else (now, seconds)
 
     def _keep(self, step: Step) -> None:
         if len(self._steps) < self._max_steps:

@@ -103,6 +103,7 @@ function chart(options) {
   let width = 0;
   const draw = () => {
     plot.replaceChildren();
+    tip.style.visibility = "hidden";
     if (options.lines.some((line) => line.points.length)) plot.append(drawLines(plot, tip, options, width), tip);
     else plot.append(element("div", { class: "empty" }, options.emptyText || "nothing was recorded"));
   };
@@ -232,6 +233,7 @@ function addCrosshair(svg, plot, tip, options, box) {
     });
     tip.replaceChildren(element("div", { class: "when" }, options.x.tip ? options.x.tip(wanted) : show(options.x.kind, wanted, 4)), ...rows);
     tip.style.visibility = "visible";
+    tip.style.left = "0";
     const wide = tip.offsetWidth;
     tip.style.left = `${at + 14 + wide > box.width ? Math.max(0, at - wide - 14) : at + 14}px`;
     tip.style.top = `${box.top}px`;

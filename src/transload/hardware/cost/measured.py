@@ -1,0 +1,56 @@
+"""A worker's steps by what was measured of the machine: the same questions as `WorkerCost`, answered from a table.
+
+Pure. Between points it goes in straight lines, beyond the last one along the last line.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+from transload.hardware.cost.shape import StepShape
+from transload.hardware.measured import MeasuredSteps
+
+Point = tuple[float, float]
+
+
+def along(points: Sequence[Point], x: float) -> float:
+    """Piecewise linear through `points`, ascending in x; below the first one its own value, for fixed costs do not
+    shrink."""
+    if len(points) == 1 or x <= points[0][0]:
+        return points[0][1]
+    index = min(len(points) - 1, max(1, bisect_left(points, x, key=lambda point: point[0])))
+    (x0, y0), (x1, y1) = points[index - 1], points[index]
+    return max(0.0, y0 + (y1 - y0) * (x - x0) / (x1 - x0))
+
+
+class MeasuredStepCost:
+    """Seconds of steps on the measured machine while nothing else computes on it."""
+
+    def __init__(self, measured: MeasuredSteps) -> None:
+        self.measured = measured
+        self._prefill = [(float(point.tokens), point.seconds) for point in measured.prefill]
+        self._fixed = [(float(point.requests), point.fixed_seconds) for point in measured.decode]
+        self._context = [(float(point.requests), point.context_token_seconds) for point in measured.decode]
+        self._lines: dict[int, tuple[float, float]] = {}
+
+    def decode_coefficients(self, num_decode: int) -> tuple[float, float]:
+        """(fixed, per context token) of a step that decodes so many requests."""
+        line = self._lines.get(num_decode)
+        if line is None:
+            factor, gap = self.measured.serving.decode, self.measured.step_gap_seconds
+            fixed, each = along(self._fixed, num_decode), along(self._context, num_decode)
+            line = self._lines[num_decode] = (fixed * factor + gap, each * factor)
+        return line
+
+    def step_seconds(self, shape: StepShape) -> float:
+        """Of one step, until the next one can begin."""
+        fixed, each = self.decode_coefficients(shape.num_decode) if shape.num_decode else (0.0, 0.0)
+        decode = fixed + each * shape.decode_context_tokens
+        if not shape.prefill:
+            return decode
+        before = sum(start * num_tokens for start, num_tokens in shape.prefill)
+        prompts = along(self._prefill, shape.num_prefill_tokens) + before * self.measured.prefill_context_seconds
+        gap = self.measured.step_gap_seconds
+        mixed = self.measured.mixed_share * max(0.0, decode - gap)
+        return prompts * self.measured.serving.prefill + mixed + gap

@@ -1,0 +1,153 @@
+"""Probe processes: a worker's executor, alone in a process, asked to compute steps and to say how long they took."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TypeVar
+
+import msgspec
+
+from transload.deploy.plan import WorkerPlan
+from transload.errors import TransloadError
+
+START_SECONDS = 300.0
+ORDER_SECONDS = 300.0
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class StepOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """What to compute over and over: see `transload.model.probe.Order`."""
+
+    prefill: tuple[tuple[int, int], ...] = ()
+    """(start, tokens) of each prompt chunk."""
+    decode: tuple[int, ...] = ()
+    """Context of each decoding request, its new token included."""
+    repeats: int = 1
+    seconds: float = 0.0
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """That the cache must hold for it, blocks not counted."""
+        return sum(start + tokens for start, tokens in self.prefill) + sum(self.decode)
+
+
+class StepTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """When each step began, on the monotonic clock, and how long it took."""
+
+    started: tuple[float, ...] = ()
+    seconds: tuple[float, ...] = ()
+    error: str | None = None
+    load_seconds: float = 0.0
+
+
+class Probe:
+    """One process with one executor. A context manager: leaving it ends the process."""
+
+    def __init__(self, plan: WorkerPlan) -> None:
+        self.plan = plan
+        environment = {**os.environ, "OMP_NUM_THREADS": str(plan.threads)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "transload.model.probe"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        self.load_seconds = 0.0
+
+    def start(self) -> None:
+        """Until the model is loaded."""
+        self.load_seconds = self._ask(self.plan, START_SECONDS).load_seconds
+
+    def measure(self, order: StepOrder) -> StepTimes:
+        """Raises `TransloadError` if the process cannot, or does not answer in time."""
+        return self._ask(order, ORDER_SECONDS)
+
+    def _ask(self, order: msgspec.Struct, deadline_seconds: float) -> StepTimes:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        overdue = threading.Timer(deadline_seconds, self._process.kill)
+        overdue.start()
+        try:
+            self._process.stdin.write(msgspec.json.encode(order).decode() + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        finally:
+            overdue.cancel()
+        if not line:
+            raise TransloadError(f"the probe of {self.plan.name} ended or took more than {deadline_seconds:g} s")
+        times = msgspec.json.decode(line, type=StepTimes)
+        if times.error is not None:
+            raise TransloadError(f"the probe of {self.plan.name} could not compute a step: {times.error}")
+        return times
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.close()
+        except BrokenPipeError:
+            pass
+        try:
+            self._process.wait(10.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+
+@contextmanager
+def probes(plans: Sequence[WorkerPlan]) -> Iterator[list[Probe]]:
+    """One for each plan, started one after another so that loading disturbs no other."""
+    with ExitStack() as stack:
+        started: list[Probe] = []
+        for plan in plans:
+            probe = Probe(plan)
+            stack.callback(probe.close)
+            probe.start()
+            started.append(probe)
+        yield started
+
+
+def measure_together(pairs: Sequence[tuple[Probe, StepOrder]]) -> list[StepTimes]:
+    """All at once. Of each, the steps that began while every other was at work too."""
+    answers: list[StepTimes | BaseException | None] = [None] * len(pairs)
+
+    def ask(index: int, probe: Probe, order: StepOrder) -> None:
+        try:
+            answers[index] = probe.measure(order)
+        except BaseException as problem:
+            answers[index] = problem
+
+    threads = [threading.Thread(target=ask, args=(index, *pair)) for index, pair in enumerate(pairs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    times: list[StepTimes] = []
+    for answer in answers:
+        if isinstance(answer, BaseException):
+            raise answer
+        assert answer is not None
+        times.append(answer)
+    since = max(each.started[0] for each in times)
+    until = min(each.started[-1] + each.seconds[-1] for each in times)
+    return [_between(each, since, until) for each in times]
+
+
+def _between(times: StepTimes, since: float, until: float) -> StepTimes:
+    kept = [
+        (started, seconds)
+        for started, seconds in zip(times.started, times.seconds, strict=True)
+        if started >= since and started + seconds <= until
+    ]
+    if not kept:
+        return times
+    return StepTimes(started=tuple(start for start, _ in kept), seconds=tuple(seconds for _, seconds in kept))
