@@ -36,6 +36,12 @@ FROZEN = {
     ),
     "claims": "--json --list IDS",
     "calibrate": f"--api-key --output --quick --url {DEPLOYMENT}",
+    "simulate": (
+        "FILE --arrivals --assume --attainment --concurrency --csv --cv --duration --end --fault --html --input "
+        "--input-cv --json --output --output-cv --perfetto --processes --ramp-to --rate --rates --records --requests "
+        "--seed --set --shared-prefix --shrink --speedup --start --sweep --think --tpot --trace --trace-format --ttft "
+        "--turns"
+    ),
     "report": "--csv --event-log --html --perfetto --title RESULTS",
 }
 """Every subcommand and flag. Scripts out there use them: taking one away or renaming it breaks somebody."""
@@ -74,7 +80,7 @@ def test_subcommands_and_flags_are_frozen() -> None:
 
 def test_every_file_of_the_package_that_is_a_subcommand_is_one() -> None:
     folder = Path(explain.__file__).parent
-    files = {path.stem for path in folder.glob("*.py")} - {"__init__", "deployment_flags"}
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__", "deployment_flags", "workload_flags"}
     assert files == set(parsers()) == {command.__name__.rpartition(".")[2] for command in COMMANDS}
 
 

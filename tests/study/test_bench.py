@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.study.scripted_server import Call, Script, answer_in_full, server_in_thread
-from transload.cli import bench
+from transload.cli import bench, workload_flags
 from transload.errors import DeploymentError, TransloadError
 from transload.study.workload import Workload
 
@@ -33,7 +33,7 @@ def command(*words: str) -> int:
 
 
 def workload(*words: str) -> Workload:
-    return bench.workload(parse("u", *words))
+    return workload_flags.workload(parse("u", *words))
 
 
 def serving(script: Script) -> Script:
@@ -270,7 +270,7 @@ def test_values_that_are_none_are_refused_with_the_flags_name(
     ("text", "seconds"), [("500ms", 0.5), ("0.5", 0.5), ("2 s", 2.0), ("1.5min", 90.0), ("1h", 3600.0)]
 )
 def test_durations_are_read_as_people_write_them(text: str, seconds: float) -> None:
-    assert bench.duration(text) == seconds
+    assert workload_flags.duration(text) == seconds
 
 
 def test_a_share_may_be_in_percent() -> None:

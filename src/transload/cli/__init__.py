@@ -28,11 +28,13 @@ from transload.cli import (
     models,
     report,
     serve,
+    simulate,
     worker,
 )
 from transload.errors import TransloadError
 
 COMMANDS = (serve, chat, bench, explain, doctor, worker, chips, models, links, report, afd, claims, calibrate)
+COMMANDS = (serve, chat, bench, simulate, explain, doctor, worker, chips, models, links, report, afd, claims)
 EXAMPLES = """\
 examples:
   transload serve                                one prefill and one decode worker on this machine
@@ -40,6 +42,7 @@ examples:
   transload serve --topology 1agg --port 9000    shorthand
   transload chat                                 talk to it
   transload explain deployments/2p1d.yaml        what would run where, and whether it fits
+  transload simulate FILE --trace conversation   a deployment over chips of the catalog, in virtual time
   transload report bench.json -o page.html       a result as a page to look at
   transload doctor                               what this machine can do
   transload chips b200                           what is known of a chip, and where it is from

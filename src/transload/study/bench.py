@@ -105,8 +105,8 @@ def run_bench(bench: Bench) -> int:
 
     Raises `DeploymentError` for options that cannot be, `TransloadError` if no server answers.
     """
-    _check_path("--json", bench.json_path)
-    _check_path("--html", bench.html_path)
+    check_output_path("--json", bench.json_path)
+    check_output_path("--html", bench.html_path)
     _allow_many_connections()
     console = Console(stderr=bench.json_path == "-", highlight=False)
     try:
@@ -264,7 +264,7 @@ def _allow_many_connections() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _check_path(flag: str, path: str | None) -> None:
+def check_output_path(flag: str, path: str | None) -> None:
     """Refuse before the run what would be lost after it."""
     if path is None or path == "-":
         return

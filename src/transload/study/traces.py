@@ -23,6 +23,7 @@ from typing import IO, Annotated, Literal, NamedTuple, cast, get_args
 import msgspec
 
 from transload.errors import DeploymentError
+from transload.hardware.nearest import did_you_mean
 from transload.study.workload import ArrivalSpec, Workload
 
 TraceFormat = Literal["azure", "burstgpt", "mooncake", "bailian"]
@@ -77,6 +78,31 @@ def open_trace(
         arrivals=lambda: _arrivals(path, kind, window),
         block_size=-(-block_size // window.shrink),
     )
+
+
+SHIPPED = {
+    "conversation": "azure2023_conv.csv.gz",
+    "code": "azure2023_code.csv.gz",
+    "mooncake-synthetic": "mooncake_synthetic.jsonl.gz",
+}
+"""Traces that come with the source, by short name; `traces/README.md` says what they are."""
+
+
+def find_trace(name_or_path: str | Path) -> Path:
+    """The file that a path or the short name of a shipped trace means. Raises `DeploymentError`."""
+    path = Path(name_or_path)
+    file = SHIPPED.get(str(name_or_path))
+    if file is None or path.is_file():
+        if not path.exists() and path.suffix == "" and path.parent == Path():
+            guess = did_you_mean(str(name_or_path), SHIPPED)
+            raise DeploymentError(
+                f"no trace {path}{guess or ';'} there are: {', '.join(SHIPPED)}, or a file by its path"
+            )
+        return path
+    for folder in (Path("traces"), Path(__file__).parents[3] / "traces"):
+        if (folder / file).is_file():
+            return folder / file
+    raise DeploymentError(f"trace {name_or_path}: {file} is not here; it is in the folder traces/ of the source")
 
 
 def _check(window: Window) -> None:
