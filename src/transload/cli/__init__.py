@@ -33,8 +33,7 @@ from transload.cli import (
 )
 from transload.errors import TransloadError
 
-COMMANDS = (serve, chat, bench, explain, doctor, worker, chips, models, links, report, afd, claims, calibrate)
-COMMANDS = (serve, chat, bench, simulate, explain, doctor, worker, chips, models, links, report, afd, claims)
+COMMANDS = (serve, chat, bench, simulate, explain, doctor, worker, chips, models, links, report, afd, claims, calibrate)
 EXAMPLES = """\
 examples:
   transload serve                                one prefill and one decode worker on this machine
