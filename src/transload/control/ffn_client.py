@@ -147,6 +147,11 @@ class FfnClient:
         """Who can be called now."""
         return tuple(self._owners)
 
+    @property
+    def owned(self) -> list[frozenset[Piece]]:
+        """What each of them owns."""
+        return [owner.pieces for owner in self._owners.values()]
+
     def handle(self, event: FfnClientEvent, now: float) -> list[FfnClientCommand]:
         """Take in a fact. The commands are obeyed before the next one is given."""
         self._now = now

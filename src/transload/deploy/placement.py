@@ -6,13 +6,14 @@ Pure arithmetic: reads nothing, starts nothing. What does not fit is a problem w
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import msgspec
 
 from transload.arch import DTYPE_BYTES, ModelArch
 from transload.deploy.cores import Cores, assign_cores
 from transload.deploy.machine import Gpu, Machine
-from transload.deploy.plan import ComputeDtype, FfnShare, HopPlan, LinkPlan, Placement, WorkerPlan
+from transload.deploy.plan import LONG_SPIN_SECONDS, ComputeDtype, FfnShare, HopPlan, LinkPlan, Placement, WorkerPlan
 from transload.deploy.spec import Deployment, FfnSplit, Link, Pool, Transport
 from transload.errors import DeploymentError
 from transload.units import format_bytes
@@ -134,10 +135,18 @@ class _Planner:
         links, hops = self._links(), self._hops()
         caches = self._caches(devices)
         max_context = self._max_context(caches)
+        used = Counter(core for pool_cores in cores for worker_cores in pool_cores for core in worker_cores)
+        alone = {core for core, times in used.items() if times == 1}
         workers = [
             self._worker(pool, index, devices[p][index], cores[p][index], caches[p], max_context, links, hops)
             for p, pool in enumerate(self.deployment.pools)
             for index in range(pool.workers)
+        ]
+        workers = [
+            msgspec.structs.replace(worker, spin_seconds=LONG_SPIN_SECONDS)
+            if worker.cores and alone.issuperset(worker.cores)
+            else worker
+            for worker in workers
         ]
         self._check_memory(workers)
         return Placement(
@@ -204,7 +213,16 @@ class _Planner:
                 continue
             link = listed.get(frozenset((pool.name, pool.ffn.pool)))
             transport = self._transport(pool, pools[pool.ffn.pool], link)
-            hops.append(HopPlan(source=pool.name, target=pool.ffn.pool, transport=transport, split=pool.ffn))
+            hops.append(
+                HopPlan(
+                    source=pool.name,
+                    target=pool.ffn.pool,
+                    transport=transport,
+                    split=pool.ffn,
+                    num_workers=pools[pool.ffn.pool].workers,
+                    max_rows=rows_of_a_step(pool),
+                )
+            )
             self._check_split(pool.ffn, pools[pool.ffn.pool], index)
         return tuple(hops)
 

@@ -16,6 +16,11 @@ WireTransport = Transport
 """What a link is told to use. auto only if a worker starts elsewhere: then its peers decide when they meet."""
 
 
+SHORT_SPIN_SECONDS = 50e-6
+LONG_SPIN_SECONDS = 2e-3
+"""On a core that no other worker uses."""
+
+
 class LinkPlan(msgspec.Struct, frozen=True, kw_only=True):
     """How KV crosses from a prefill pool to a decode pool."""
 
@@ -38,6 +43,10 @@ class HopPlan(msgspec.Struct, frozen=True, kw_only=True):
     """The ffn pool."""
     transport: WireTransport
     split: FfnSplit
+    num_workers: int
+    """Of the ffn pool."""
+    max_rows: int
+    """Most rows that one step of an attention worker has."""
 
 
 class FfnShare(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,6 +93,8 @@ class WorkerPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Of an attention worker: who computes its feed-forwards. None: it does."""
     share: FfnShare | None = None
     """Of an FFN worker: what it computes."""
+    spin_seconds: float = SHORT_SPIN_SECONDS
+    """How long it may look for calls or answers again and again before it sleeps."""
 
     @property
     def duty(self) -> Role:

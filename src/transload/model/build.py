@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, MutableMapping
 
+import msgspec
 import torch
 
 from transload.arch import ModelArch
@@ -39,12 +40,47 @@ def build_model(
     Takes each tensor out of `tensors` as it is used, so the peak is the model plus one layer. Raises `MachineError` if
     deterministic mode cannot be kept on this machine.
     """
+    feed_forwards = build_feed_forwards(arch, tensors, dtype, deterministic, device)
+    model = build_attention_model(arch, tensors, dtype, deterministic, device)
+    model.feed_forwards = feed_forwards
+    assert not tensors, sorted(tensors)
+    return model
+
+
+def build_attention_model(
+    arch: ModelArch, tensors: Tensors, dtype: torch.dtype, deterministic: bool, device: torch.device
+) -> LlamaModel:
+    """The same without feed-forwards, whose tensors need not be there."""
     with torch.inference_mode():
         weights = WeightSource(arch, tensors, dtype, device, TileProof() if deterministic else None)
-        feed_forwards = [build_feed_forward(weights, layer) for layer in range(arch.num_layers)]
         attention = build_attention_side(weights)
-    assert not tensors, sorted(tensors)
-    return LlamaModel(arch, dtype, attention, feed_forwards, deterministic=deterministic, device=device)
+    return LlamaModel(arch, dtype, attention, (), deterministic=deterministic, device=device)
+
+
+def build_feed_forwards(
+    arch: ModelArch, tensors: Tensors, dtype: torch.dtype, deterministic: bool, device: torch.device
+) -> list[FeedForwardLayer]:
+    """The feed-forwards of all layers; no other tensors need to be there. Their memory is theirs alone, so that it is
+    given back with them."""
+    with torch.inference_mode():
+        weights = WeightSource(arch, tensors, dtype, device, TileProof() if deterministic else None)
+        return [build_feed_forward(weights, layer) for layer in range(arch.num_layers)]
+
+
+def column_part(arch: ModelArch, tensors: Tensors, part: int, num_parts: int) -> tuple[ModelArch, Tensors]:
+    """One of `num_parts` slices of the inner columns of every feed-forward, as a narrower model's. The parts' outputs
+    add up to the whole's."""
+    inner = arch.intermediate_size // num_parts
+    low = part * inner
+    sliced: Tensors = {}
+    for name, tensor in tensors.items():
+        if name.endswith("down_proj.weight"):
+            sliced[name] = tensor[:, low : low + inner].contiguous()
+        elif name.endswith("down_proj.bias"):
+            sliced[name] = tensor if part == 0 else torch.zeros_like(tensor)
+        else:
+            sliced[name] = tensor[low : low + inner]
+    return msgspec.structs.replace(arch, intermediate_size=inner), sliced
 
 
 class WeightSource:

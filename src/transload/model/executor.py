@@ -7,14 +7,15 @@ which block, and keeps nothing of a request between steps but the sampler's coun
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import perf_counter
 
 import torch
 
-from transload.control.messages import RunStep, Sampled, StepDone
+from transload.control.messages import Chunk, RunStep, Sampled, StepDone
 from transload.model.batch import Batch, BatchBuilder
 from transload.model.kv_cache import KvCache
+from transload.model.layer_driver import LayerDriver, LayerReports, LocalDriver, cut
 from transload.model.llama import LlamaModel
 from transload.model.native.runner import NativeRunner
 from transload.model.rope import RotaryEmbedding
@@ -27,7 +28,7 @@ DEFAULT_LAYERS_PER_FRAME = 4
 
 
 class TorchExecutor:
-    """Computes steps with a model that is wholly here. Lives on one thread."""
+    """Computes steps with a model, or with its attention side and a driver that asks others. Lives on one thread."""
 
     def __init__(
         self,
@@ -39,12 +40,13 @@ class TorchExecutor:
         staged: bool = False,
         threads: int = 1,
         layers_per_frame: int = DEFAULT_LAYERS_PER_FRAME,
+        driver: LayerDriver | None = None,
     ) -> None:
         """`buffer` is the memory for the cache, zeroed, at least num_blocks * layout.block_bytes long; None: its own.
         `staged`: the cache is on the device all the same, and `buffer` is where KV lies that crosses to other workers.
 
         `threads` becomes torch's number of threads for this process. `layers_per_frame` is how often a step that
-        streams reports layers.
+        streams reports layers. `driver` answers the feed-forwards; None: the model's own are computed here.
         """
         arch = model.arch
         assert (layout.num_layers, layout.num_kv_heads, layout.head_dim) == (
@@ -65,8 +67,10 @@ class TorchExecutor:
             deterministic=model.deterministic,
             device=model.device,
         )
-        self._native = NativeRunner.of(model, self._cache, threads)
+        self._threads = threads
         self._sampler = Sampler()
+        self._driver: LayerDriver = driver or LocalDriver(model.feed_forwards)
+        self._native = self._native_runner()
         self._graphs = StepGraphs(model) if StepGraphs.suits(model) else None
 
     @property
@@ -82,6 +86,25 @@ class TorchExecutor:
         """The cache that the steps write; a transport reads it between `layers_ready` and the end of a handoff."""
         return self._cache
 
+    @property
+    def driver(self) -> LayerDriver:
+        """Who answers the feed-forwards."""
+        return self._driver
+
+    def use_driver(self, driver: LayerDriver) -> None:
+        """Let another answer the feed-forwards from the next step on. On the step thread, between steps."""
+        self._driver = driver
+        self._model.feed_forwards = driver.feed_forwards if isinstance(driver, LocalDriver) else ()
+        self._native = self._native_runner()
+
+    @property
+    def _is_whole(self) -> bool:
+        return isinstance(self._driver, LocalDriver)
+
+    def _native_runner(self) -> NativeRunner | None:
+        is_whole = self._is_whole and len(self._model.feed_forwards) == self._model.arch.num_layers
+        return NativeRunner.of(self._model, self._cache, self._threads) if is_whole else None
+
     @torch.inference_mode()
     def run_step(self, step: RunStep, layers_ready: Callable[[int, int], None]) -> StepDone:
         """Compute the step; see `runtime.base.Executor`.
@@ -92,46 +115,49 @@ class TorchExecutor:
         started = perf_counter()
         if not step.chunks:
             return StepDone(step=step.step, sampled=(), seconds=perf_counter() - started)
-        streams = any(chunk.streams for chunk in step.chunks)
         if self._stage is not None:
             self._stage.fetch(step.arrived)
-        logits_RV = self._logits(step, self._reporter(step, layers_ready) if streams else None)
+        parts = cut(step.chunks, self._driver.num_micro_batches)
+        logits_RV = self._logits(step, parts, layers_ready)
         sampled: tuple[Sampled, ...] = ()
         if len(logits_RV):
-            sampled = self._sampler.sample(logits_RV, [chunk for chunk in step.chunks if chunk.samples])
+            sampled = self._sampler.sample(logits_RV, [chunk for part in parts for chunk in part if chunk.samples])
         else:
             self._wait_for_device()
         return StepDone(step=step.step, sampled=sampled, seconds=perf_counter() - started)
 
-    def _logits(self, step: RunStep, layers_ready: Callable[[int, int], None] | None) -> torch.Tensor:
-        """[R, V] after the chunks that sample, in their order."""
+    def _logits(
+        self, step: RunStep, parts: Sequence[Sequence[Chunk]], layers_ready: Callable[[int, int], None]
+    ) -> torch.Tensor:
+        """[R, V] after the chunks that sample, in the order of the parts. `layers_ready` hears of layers if any chunk
+        streams."""
+        streams = any(chunk.streams for chunk in step.chunks)
+        report = self._reporter(step, layers_ready) if streams else None
         if self._native is not None:
-            return self._native.run(step.chunks, self._layers_per_frame, layers_ready)
-        batch = self._batches.build(step.chunks, step=step.step)
-        if self._graphs is not None and self._graphs.takes(step.chunks):
-            return self._graphs.logits(batch)
-        residual_RE = self._run_layers(batch, layers_ready)
+            return self._native.run(step.chunks, self._layers_per_frame, report)
+        batches = [self._batches.build(part, step=step.step, micro_batch=n) for n, part in enumerate(parts)]
+        if self._graphs is not None and self._is_whole and self._graphs.takes(step.chunks):
+            return self._graphs.logits(batches[0])
+        residuals = self._run_layers(batches, report)
+        residual_RE = torch.cat(residuals) if len(residuals) > 1 else residuals[0]
         return self._model.attention.logits(residual_RE) if len(residual_RE) else residual_RE
 
-    def _run_layers(self, batch: Batch, layers_ready: Callable[[int, int], None] | None) -> torch.Tensor:
-        """Answer each feed-forward call on the spot; the residual [R, E] of the rows that draw a token."""
-        calls = self._model.attention.run(batch)
-        feed_forwards = self._model.feed_forwards
-        reported = 0
-        try:
-            call = next(calls)
-            while True:
-                if layers_ready is not None and call.layer + 1 - reported >= self._layers_per_frame:
-                    self._wait_for_device()
-                    layers_ready(reported, call.layer + 1)
-                    reported = call.layer + 1
-                call = calls.send(feed_forwards[call.layer](call.hidden, call.routing))
-        except StopIteration as finished:
-            residual_RE: torch.Tensor = finished.value
-        if layers_ready is not None and reported < len(feed_forwards):
+    def _run_layers(
+        self, batches: Sequence[Batch], report: Callable[[int, int], None] | None
+    ) -> list[torch.Tensor]:
+        """The residuals [R, E] of the rows that draw a token, by batch."""
+        attention = self._model.attention
+        if report is None:
+            return self._driver.run(attention, batches, _nobody_waits)
+
+        def layers_written(layer_lo: int, layer_hi: int) -> None:
             self._wait_for_device()
-            layers_ready(reported, len(feed_forwards))
-        return residual_RE
+            report(layer_lo, layer_hi)
+
+        reports = LayerReports(attention.num_layers, len(batches), self._layers_per_frame, layers_written)
+        residuals = self._driver.run(attention, batches, reports.written)
+        reports.end()
+        return residuals
 
     def _reporter(self, step: RunStep, layers_ready: Callable[[int, int], None]) -> Callable[[int, int], None]:
         """Reports layers once the links can read them."""
@@ -149,3 +175,7 @@ class TorchExecutor:
         """Until all queued work is done: a transport may then read the cache, and time is measured honestly."""
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
+
+
+def _nobody_waits(_place: int, _layer: int) -> None:
+    """No chunk of the step streams."""

@@ -7,27 +7,34 @@ import torch
 from transload.control.messages import Chunk, Request, RequestId, RunStep, Sampling
 from transload.deploy.plan import WorkerPlan
 from transload.errors import MachineError
-from transload.model.build import build_model
+from transload.model.build import build_attention_model, build_model
 from transload.model.checkpoint import load_tensors
 from transload.model.executor import TorchExecutor
+from transload.model.ffn_side import FfnSide
+from transload.model.ffn_source import TorchFfnSource, build_side
+from transload.model.inventory import is_feed_forward
+from transload.model.layer_driver import LocalDriver
+from transload.model.llama import FfnCall
 from transload.model.source import locate
 from transload.transfer.layout import kv_layout
 from transload.transfer.memory import KvMemory
 
 
-def build_executor(plan: WorkerPlan) -> tuple[TorchExecutor, KvMemory]:
-    """Load the plan's model and allocate its KV pool.
+def build_executor(plan: WorkerPlan) -> tuple[TorchExecutor, KvMemory, TorchFfnSource]:
+    """Load the plan's model, or its attention side if feed-forwards are computed elsewhere, and allocate its KV pool.
 
     Raises `CheckpointError` for model files that cannot be used and `MachineError` for a device or memory that is not
     there.
     """
-    torch.set_num_threads(plan.threads)
-    if plan.device.startswith("cuda") and not torch.cuda.is_available():
-        raise MachineError(f"{plan.name}: device {plan.device!r}, but torch finds no CUDA device; use device: cpu")
+    _prepare(plan)
     files = locate(plan.model)
     dtype: torch.dtype = getattr(torch, plan.dtype)
-    tensors = load_tensors(files, dtype)
-    model = build_model(files.arch, tensors, dtype, plan.model.deterministic, torch.device(plan.device))
+    device = torch.device(plan.device)
+    if plan.hop is None:
+        model = build_model(files.arch, load_tensors(files, dtype), dtype, plan.model.deterministic, device)
+    else:
+        tensors = load_tensors(files, dtype, lambda name: not is_feed_forward(name))
+        model = build_attention_model(files.arch, tensors, dtype, plan.model.deterministic, device)
     layout = kv_layout(files.arch, files.identity, plan.block_size, plan.dtype)
     memory = KvMemory(layout, plan.num_blocks)
     executor = TorchExecutor(
@@ -38,9 +45,32 @@ def build_executor(plan: WorkerPlan) -> tuple[TorchExecutor, KvMemory]:
         staged=plan.device != "cpu",
         threads=plan.threads,
         layers_per_frame=plan.layers_per_frame or files.arch.num_layers,
+        driver=None if plan.hop is None else _NoFeedForwards(),
     )
     warm_up(executor, plan.block_size)
-    return executor, memory
+    return executor, memory, TorchFfnSource(plan, files, model, executor)
+
+
+def build_ffn(plan: WorkerPlan) -> FfnSide:
+    """Load the feed-forwards of an FFN worker, and nothing else. Raises as `build_executor`."""
+    _prepare(plan)
+    return build_side(plan, locate(plan.model))
+
+
+def _prepare(plan: WorkerPlan) -> None:
+    torch.set_num_threads(plan.threads)
+    if plan.device.startswith("cuda") and not torch.cuda.is_available():
+        raise MachineError(f"{plan.name}: device {plan.device!r}, but torch finds no CUDA device; use device: cpu")
+
+
+class _NoFeedForwards(LocalDriver):
+    """Answers with nothing: warms an attention side up before there is anybody to ask."""
+
+    def __init__(self) -> None:
+        super().__init__(())
+
+    def answer(self, call: FfnCall) -> torch.Tensor:
+        return torch.zeros_like(call.hidden)
 
 
 def _no_listener(_low: int, _high: int) -> None:

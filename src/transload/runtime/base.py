@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
 import msgspec
 
 from transload.arch import ModelArch
-from transload.control.messages import FinishReason, Request, RequestId, RunStep, StepDone, Token
+from transload.control.ffn_messages import Piece
+from transload.control.messages import FinishReason, Request, RequestId, RunStep, StepDone, Token, WorkerId
+from transload.deploy.plan import HopPlan
+from transload.transfer.ffn_callers import HopReport
+from transload.transfer.ffn_link import ArrivedCall
+from transload.transfer.ffn_meeting import FfnWeights, Party
 from transload.transfer.layout import KvLayout
+from transload.transfer.listener import PeerAddress
 
 
 class Executor(Protocol):
@@ -22,6 +28,50 @@ class Executor(Protocol):
 
     def run_step(self, step: RunStep, layers_ready: Callable[[int, int], None]) -> StepDone:
         """Compute the step. If a chunk streams, call `layers_ready(layer_lo, layer_hi)` as layers are written."""
+        ...
+
+
+class FfnSource(Protocol):
+    """Where a worker's feed-forwards are computed: here, or by FFN workers. Any thread, but for `switch`."""
+
+    def open_remote(self, hop: HopPlan, me: Party, report: HopReport) -> None:
+        """Make ready to call FFN workers. `report` is called from any thread."""
+        ...
+
+    def connect(self, address: PeerAddress, transport: str) -> None: ...
+    def disconnect(self, worker: WorkerId) -> None: ...
+
+    def load(self) -> None:
+        """Make ready to compute here: load the weights. Takes as long as that takes."""
+        ...
+
+    def switch(self, *, remote: bool) -> None:
+        """From the next step on, and let go of what the other way needed. On the step thread, between steps."""
+        ...
+
+    def counts(self) -> dict[str, float]:
+        """What calling FFN workers has come to, by name; empty if none is called."""
+        ...
+
+    def close(self) -> None:
+        """End all links. After the last step."""
+        ...
+
+
+class FfnCompute(Protocol):
+    """The arithmetic of an FFN worker. Lives on one thread."""
+
+    @property
+    def weights(self) -> FfnWeights: ...
+    @property
+    def pieces(self) -> frozenset[Piece]: ...
+
+    def problem(self, call: ArrivedCall, room_bytes: int) -> str | None:
+        """Why a call cannot be computed as it came; its answer may take `room_bytes`."""
+        ...
+
+    def compute(self, layer: int, calls: Sequence[ArrivedCall], targets: Sequence[memoryview]) -> list[int]:
+        """Answer calls without a problem into their targets; returns how many bytes of each are filled."""
         ...
 
 

@@ -41,6 +41,7 @@ from transload.deploy.plan import Placement, WorkerPlan
 from transload.errors import OverCapacity, RequestError, WorkerLost
 from transload.runtime.base import Finished, ServedModel, Waterfall
 from transload.runtime.event_log import EventLog
+from transload.runtime.ffn_pools import FfnPools
 from transload.runtime.records import waterfall
 from transload.runtime.remote import RemoteWorker
 from transload.runtime.wire import JOIN_TOKEN, Assign, ConnectPeer, LinkState, Ready, Report
@@ -124,6 +125,7 @@ class RealRuntime:
         self._restarts: set[asyncio.Task[None]] = set()
         self._refusal: Reject | None = None
         self.num_restarts = 0
+        self._ffn_pools = FfnPools(self._plans, self._remotes, restart=self._restart_later, changed=self._changed)
 
     # -- Backend ------------------------------------------------------------------------------------------------------
 
@@ -154,7 +156,10 @@ class RealRuntime:
 
     def status(self) -> dict[str, object]:
         return {
-            "workers": {name: remote.describe() for name, remote in sorted(self._remotes.items())},
+            "workers": {
+                name: {**remote.describe(), **self._ffn_pools.describe(name)}
+                for name, remote in sorted(self._remotes.items())
+            },
             "links": {
                 f"{source} -> {target}": {"transport": link.transport, "bytes_per_second": link.bytes_per_second}
                 for (source, target), link in self.controller.links.items()
@@ -209,7 +214,7 @@ class RealRuntime:
             case CancelTimer(key):
                 self._timers.pop(key).cancel()
             case RestartWorker(worker, after_seconds):
-                self._loop.call_later(after_seconds, self._restart, worker)
+                self._restart_later(worker, after_seconds)
             case ToWorker():
                 raise AssertionError("assignments are sent together")
 
@@ -277,6 +282,7 @@ class RealRuntime:
             on_ready=self._joined,
             on_report=self._reported,
             on_link=self._link_changed,
+            on_ffn=self._ffn_pools.said,
             on_gone=self._gone,
         )
         await remote.start(self.join_address)
@@ -286,13 +292,15 @@ class RealRuntime:
         return RemoteWorker.greet(self._token, self._remotes)
 
     async def _all_ready(self) -> None:
-        """Until every worker has joined and every prefill worker can reach every decode worker."""
+        """Until every worker has joined and can reach those it works with."""
         while True:
             self._changed.clear()
             for remote in self._remotes.values():
                 if remote.failure is not None:
                     raise WorkerLost(f"worker {remote.name} could not start: {remote.failure}")
-            if len(self.controller.views) == len(self._plans) and self._missing_links() == 0:
+            num_serving = sum(plan.role != "ffn" for plan in self._plans.values())
+            is_serving = len(self.controller.views) == num_serving and self._missing_links() == 0
+            if is_serving and self._ffn_pools.is_complete():
                 return
             await self._changed.wait()
 
@@ -312,6 +320,11 @@ class RealRuntime:
 
     def _joined(self, remote: RemoteWorker, ready: Ready) -> None:
         plan = remote.plan
+        self._changed.set()
+        if plan.role == "ffn":
+            self._ffn_pools.ffn_ready(remote)
+            return
+        self._ffn_pools.attention_ready(remote)
         self.tell(
             WorkerJoined(
                 remote.name,
@@ -331,7 +344,6 @@ class RealRuntime:
                 assert peer is not None
                 transport = self._plans[source].transports[self._plans[target].pool]
                 self._remotes[source].send(ConnectPeer(target, peer.address, transport))
-        self._changed.set()
 
     def _reported(self, report: Report) -> None:
         for event in report.events:
@@ -348,11 +360,19 @@ class RealRuntime:
 
     def _gone(self, remote: RemoteWorker, reason: str) -> None:
         self._changed.set()
-        if not self._closing and self._remotes.get(remote.name) is remote and remote.failure is None:
+        if self._closing or self._remotes.get(remote.name) is not remote or remote.failure is not None:
+            return
+        if remote.plan.role == "ffn":
+            self._ffn_pools.ffn_gone(remote)
+        else:
+            self._ffn_pools.attention_gone(remote.name)
             self.tell(WorkerGone(remote.name, remote.incarnation, reason))
 
+    def _restart_later(self, name: WorkerId, after_seconds: float) -> None:
+        self._loop.call_later(after_seconds, self._restart, name)
+
     def _restart(self, name: WorkerId) -> None:
-        if self._closing:
+        if self._closing or name not in self._plans:
             return
         self.num_restarts += 1
         incarnation = self._remotes[name].incarnation + 1

@@ -20,6 +20,9 @@ from transload.runtime.wire import (
     Alive,
     Challenge,
     Failed,
+    FfnCounted,
+    FfnSwitched,
+    HopState,
     Join,
     LinkState,
     Ready,
@@ -54,6 +57,7 @@ class RemoteWorker:
         on_ready: Callable[[RemoteWorker, Ready], None],
         on_report: Callable[[Report], None],
         on_link: Callable[[RemoteWorker, LinkState], None],
+        on_ffn: Callable[[RemoteWorker, HopState | FfnSwitched | FfnCounted], None],
         on_gone: Callable[[RemoteWorker, str], None],
     ) -> None:
         self.plan = plan
@@ -67,6 +71,7 @@ class RemoteWorker:
         self._on_ready = on_ready
         self._on_report = on_report
         self._on_link = on_link
+        self._on_ffn = on_ffn
         self._on_gone = on_gone
         self._process: asyncio.subprocess.Process | None = None
         self._wire: Wire[ToFrontEndFrame] | None = None
@@ -132,6 +137,8 @@ class RemoteWorker:
                 self._on_ready(self, frame)
             case LinkState():
                 self._on_link(self, frame)
+            case HopState() | FfnSwitched() | FfnCounted():
+                self._on_ffn(self, frame)
             case Failed(reason):
                 if self.incarnation == 1 and self.ready is None:
                     self.failure = reason

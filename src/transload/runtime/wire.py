@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from transload.control.messages import Assignment, EngineReport, Message, WorkerId
-from transload.deploy.plan import WireTransport, WorkerPlan
+from transload.deploy.plan import HopPlan, WireTransport, WorkerPlan
 from transload.transfer.listener import PeerAddress
 
 T = TypeVar("T")
@@ -55,6 +55,32 @@ class ConnectPeer(Message, frozen=True):
     transport: WireTransport
 
 
+class ConnectFfn(Message, frozen=True):
+    """This FFN worker can be called."""
+
+    peer: WorkerId
+    address: PeerAddress
+    transport: WireTransport
+
+
+class DisconnectFfn(Message, frozen=True):
+    """This FFN worker cannot be called any more."""
+
+    peer: WorkerId
+
+
+class OpenHop(Message, frozen=True):
+    """Make ready to have feed-forwards computed elsewhere; `ConnectFfn` and `SwitchFfn` follow."""
+
+    hop: HopPlan
+
+
+class SwitchFfn(Message, frozen=True):
+    """Have feed-forwards computed by FFN workers, or here, from the next step on; answered by `FfnSwitched`."""
+
+    remote: bool
+
+
 class Assign(Message, frozen=True):
     """Assignments for the engine, in order."""
 
@@ -71,7 +97,9 @@ class Refused(Message, frozen=True):
     reason: str
 
 
-ToWorkerFrame = Challenge | Welcome | ConnectPeer | Assign | Shutdown | Refused
+ToWorkerFrame = (
+    Challenge | Welcome | ConnectPeer | ConnectFfn | DisconnectFfn | OpenHop | SwitchFfn | Assign | Shutdown | Refused
+)
 
 
 # -- worker -> front end ----------------------------------------------------------------------------------------------
@@ -114,6 +142,28 @@ class LinkState(Message, frozen=True):
     problem: str | None = None
 
 
+class HopState(Message, frozen=True):
+    """A link to an FFN worker came up, or why it is not there."""
+
+    peer: WorkerId
+    transport: str
+    problem: str | None = None
+
+
+class FfnSwitched(Message, frozen=True):
+    """Feed-forwards are computed where `SwitchFfn` said; `problem`: it could not be done, all is as before."""
+
+    remote: bool
+    memory_bytes: int
+    problem: str | None = None
+
+
+class FfnCounted(Message, frozen=True):
+    """What calling, or being called for feed-forwards has come to since the start, by name."""
+
+    counts: dict[str, float]
+
+
 class Alive(Message, frozen=True):
     """Sent every second, so that a stopped process is noticed."""
 
@@ -124,7 +174,7 @@ class Failed(Message, frozen=True):
     reason: str
 
 
-ToFrontEndFrame = Join | Ready | Report | LinkState | Alive | Failed
+ToFrontEndFrame = Join | Ready | Report | LinkState | HopState | FfnSwitched | FfnCounted | Alive | Failed
 
 
 def prove(token: str, nonce: bytes, name: str) -> bytes:

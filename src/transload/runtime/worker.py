@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from transload.control.engine import Engine, EngineConfig
 from transload.control.messages import (
@@ -33,6 +33,7 @@ from transload.control.messages import (
     ExpectKv,
     ForgetKv,
     LayersReady,
+    Message,
     PeerLost,
     PeerUp,
     RunStep,
@@ -45,27 +46,36 @@ from transload.control.messages import (
 )
 from transload.deploy.plan import WorkerPlan
 from transload.errors import TransloadError, WorkerLost
-from transload.runtime.base import Executor
+from transload.runtime.base import Executor, FfnCompute, FfnSource
 from transload.runtime.event_log import EventLog
+from transload.runtime.ffn_hop import HopSide
+from transload.runtime.ffn_service import FfnService
+from transload.runtime.process_memory import resident_bytes
 from transload.runtime.wire import (
     JOIN_SECONDS,
     JOIN_TOKEN,
     Alive,
     Assign,
     Challenge,
+    ConnectFfn,
     ConnectPeer,
+    DisconnectFfn,
     Failed,
+    FfnCounted,
     Join,
     LinkState,
+    OpenHop,
     Ready,
     Refused,
     Report,
     Shutdown,
+    SwitchFfn,
     ToWorkerFrame,
     Welcome,
     Wire,
     prove,
 )
+from transload.transfer.ffn_meeting import Party
 from transload.transfer.layout import KvLayout
 from transload.transfer.link import LinkOptions
 from transload.transfer.links import LinkFailed, Links
@@ -73,8 +83,11 @@ from transload.transfer.memory import KvMemory
 
 SLOW_LINK_SECONDS = 1e-3
 """Latency of a link whose peer was too busy to answer."""
+T = TypeVar("T")
 SHUT_DOWN = "the front end has shut down"
-BuildExecutor = Callable[[WorkerPlan], "tuple[Executor, KvMemory]"]
+Built = tuple[Executor, KvMemory, FfnSource]
+BuildExecutor = Callable[[WorkerPlan], Built]
+BuildFfn = Callable[[WorkerPlan], FfnCompute]
 
 
 class StepThread(threading.Thread):
@@ -84,16 +97,23 @@ class StepThread(threading.Thread):
         super().__init__(name="steps", daemon=True)
         self._executor = executor
         self._hand_back = hand_back
-        self._steps: queue.SimpleQueue[RunStep | None] = queue.SimpleQueue()
+        self._steps: queue.SimpleQueue[RunStep | Callable[[], None] | None] = queue.SimpleQueue()
 
     def submit(self, step: RunStep) -> None:
         self._steps.put(step)
+
+    def call(self, action: Callable[[], None]) -> None:
+        """Do this between two steps. It must not raise."""
+        self._steps.put(action)
 
     def stop(self) -> None:
         self._steps.put(None)
 
     def run(self) -> None:
         while (step := self._steps.get()) is not None:
+            if not isinstance(step, RunStep):
+                step()
+                continue
             number = step.step
             try:
                 event: EngineEvent = self._executor.run_step(
@@ -109,12 +129,13 @@ class StepThread(threading.Thread):
 class WorkerProcess:
     """Everything of one worker. `run` returns when the front end is gone or says so."""
 
-    def __init__(self, join: str, name: str, token: str, build: BuildExecutor) -> None:
+    def __init__(self, join: str, name: str, token: str, build: BuildExecutor, build_ffn: BuildFfn) -> None:
         self._host, _, port = join.rpartition(":")
         self._port = int(port)
         self._name = WorkerId(name)
         self._token = token
         self._build = build
+        self._build_ffn = build_ffn
         self._loop = asyncio.get_running_loop()
         self._closed: asyncio.Future[str] = self._loop.create_future()
         self._wire = Wire[ToWorkerFrame](ToWorkerFrame, self._take, self._lost)
@@ -123,6 +144,8 @@ class WorkerProcess:
         self._steps: StepThread | None = None
         self._links: Links | None = None
         self._memory: KvMemory | None = None
+        self._hop: HopSide | None = None
+        self._service: FfnService | None = None
         self._log: EventLog | None = None
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._link_bytes: dict[WorkerId, int] = {}  # sent when last reported
@@ -155,6 +178,9 @@ class WorkerProcess:
             case ConnectPeer(peer, address, transport):
                 assert self._links is not None
                 self._links.connect(peer, address, transport)
+            case ConnectFfn() | DisconnectFfn() | OpenHop() | SwitchFfn():
+                assert self._hop is not None
+                self._hop.take(frame)
             case Shutdown():
                 self._end(SHUT_DOWN)
             case Refused(reason):
@@ -191,19 +217,16 @@ class WorkerProcess:
         started = time.monotonic()
         if plan.cores:
             os.sched_setaffinity(0, plan.cores)
-        try:
-            executor, memory = await asyncio.to_thread(self._build, plan)
-        except TransloadError as error:
-            self._fail(str(error))
+        if plan.role == "ffn":
+            compute = await self._built(self._build_ffn, plan)
+            if compute is not None:
+                self._open_ffn(welcome, plan, compute, started)
             return
-        except Exception as error:
-            traceback.print_exc()
-            self._fail(f"{type(error).__name__}: {error}")
+        built = await self._built(self._build, plan)
+        if built is None:
             return
-        if self._closed.done():
-            return
-        self._memory = memory
-        self._open(welcome, plan, executor, memory)
+        executor, self._memory, _ = built
+        self._open(welcome, plan, built)
         assert self._links is not None
         layout = executor.layout
         self._wire.send(
@@ -219,12 +242,57 @@ class WorkerProcess:
             )
         )
 
-    def _open(self, welcome: Welcome, plan: WorkerPlan, executor: Executor, memory: KvMemory) -> None:
+    async def _built(self, build: Callable[[WorkerPlan], T], plan: WorkerPlan) -> T | None:
+        """What it builds; None if it cannot, which has been said, or if nobody wants it any more."""
+        try:
+            built = await asyncio.to_thread(build, plan)
+        except TransloadError as error:
+            self._fail(str(error))
+            return None
+        except Exception as error:
+            traceback.print_exc()
+            self._fail(f"{type(error).__name__}: {error}")
+            return None
+        return None if self._closed.done() else built
+
+    def _open_ffn(self, welcome: Welcome, plan: WorkerPlan, compute: FfnCompute, started: float) -> None:
+        """An FFN worker: no engine, no cache, no requests."""
+        assert plan.share is not None
+        self._service = FfnService(
+            self._party(welcome),
+            compute,
+            max_wait_seconds=plan.share.max_wait_seconds,
+            max_rows=plan.share.max_rows,
+            spin_seconds=plan.spin_seconds,
+            bind_host=self._wire.local_host or "127.0.0.1",
+        )
+        self._service.start()
+        self._wire.send(
+            Ready(
+                num_blocks=0,
+                block_size=plan.block_size,
+                kv_bytes_per_token=0,
+                layout_digest=b"",
+                dtype=plan.dtype,
+                address=self._service.address,
+                load_seconds=time.monotonic() - started,
+                memory_bytes=resident_bytes(),
+            )
+        )
+
+    def _party(self, welcome: Welcome) -> Party:
+        return Party(worker=self._name, incarnation=welcome.incarnation, secret=welcome.link_secret)
+
+    def _open(self, welcome: Welcome, plan: WorkerPlan, built: Built) -> None:
+        executor, memory, feed_forwards = built
         layout = executor.layout
         if welcome.event_log is not None:
             self._log = EventLog(welcome.event_log, self._name, welcome.incarnation)
         self._engine = Engine(engine_config(plan, layout, executor.num_blocks, welcome.incarnation))
         self._steps = StepThread(executor, self._hand_over)
+        self._hop = HopSide(feed_forwards, self._party(welcome), self._steps.call, self._send_from_thread)
+        if plan.hop is not None:
+            self._hop.begin(plan.hop)
         self._steps.start()
         local = self._wire.local_host or "127.0.0.1"
         self._links = Links(
@@ -248,6 +316,19 @@ class WorkerProcess:
             await asyncio.sleep(1.0)
             self._wire.send(Alive())
             self._report_links()
+            self._report_feed_forwards()
+
+    def _report_feed_forwards(self) -> None:
+        if self._service is not None and self._service.failure is not None:
+            self._end(f"crashed: {self._service.failure}")
+        counted = self._hop or self._service
+        counts = counted.counts() if counted is not None else {}
+        if counts:
+            self._wire.send(FfnCounted(counts))
+
+    def _send_from_thread(self, message: Message) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._wire.send, message)
 
     # -- the engine ---------------------------------------------------------------------------------------------------
 
@@ -353,6 +434,8 @@ class WorkerProcess:
             self._cancel_timer(key)
         if self._steps is not None:
             self._steps.stop()
+        if self._service is not None:
+            self._service.close()
         if self._links is not None:
             self._links.close(2.0)
         if self._log is not None:
@@ -376,24 +459,15 @@ def engine_config(plan: WorkerPlan, layout: KvLayout, num_blocks: int, incarnati
     )
 
 
-def resident_bytes() -> int:
-    """Memory this process holds now; 0 where /proc is not there."""
-    try:
-        with open("/proc/self/statm") as statm:
-            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
-
-
 def main(join: str, name: str) -> int:
     """Entry of `transload worker`: run until the front end is gone. Returns the exit code."""
-    from transload.model.load import build_executor
+    from transload.model.load import build_executor, build_ffn
 
     token = os.environ.pop(JOIN_TOKEN, "")
     sys.setswitchinterval(0.0005)  # the step thread and the event loop share the interpreter: give way quickly
 
     async def work() -> str:
-        worker = WorkerProcess(join, name, token, build_executor)
+        worker = WorkerProcess(join, name, token, build_executor, build_ffn)
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(worker.crash)
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -201,7 +201,7 @@ def controller_config(deployment: Deployment) -> ControllerConfig:
 
 def served_model(deployment: Deployment, placement: Placement, files: ModelFiles) -> ServedModel:
     """What the front end must know of the model."""
-    plan = placement.workers[0]
+    plan = next(plan for plan in placement.workers if plan.role != "ffn")
     return ServedModel(
         name=deployment.model.served_name or files.name,
         arch=files.arch,

@@ -1,0 +1,151 @@
+"""Where a worker's feed-forwards are computed, and how that changes while it serves.
+
+Loads the weights of feed-forwards, makes the driver that asks FFN workers, and swaps one for the other between two
+steps. Never decides which of them is right: the front end says so.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Sequence
+
+import torch
+
+from transload.control.ffn_client import FfnClientConfig
+from transload.control.ffn_messages import Piece, SessionId
+from transload.control.messages import WorkerId
+from transload.deploy.plan import HopPlan, WorkerPlan
+from transload.model.build import Tensors, build_feed_forwards, column_part
+from transload.model.checkpoint import load_tensors
+from transload.model.executor import TorchExecutor
+from transload.model.ffn_side import FfnSide
+from transload.model.inventory import is_feed_forward
+from transload.model.layer_driver import LocalDriver
+from transload.model.llama import FeedForwardLayer, LlamaModel
+from transload.model.remote_driver import RemoteDriver
+from transload.model.source import ModelFiles
+from transload.transfer.ffn_callers import HopReport
+from transload.transfer.ffn_link import SlotSizes
+from transload.transfer.ffn_meeting import FfnWeights, Party
+from transload.transfer.listener import PeerAddress
+
+SPARE_SLOTS = 2
+"""Beside one for each micro-batch: for calls that were given up and are not answered yet."""
+
+
+class TorchFfnSource:
+    """The `FfnSource` of an executor."""
+
+    def __init__(self, plan: WorkerPlan, files: ModelFiles, model: LlamaModel, executor: TorchExecutor) -> None:
+        self._plan = plan
+        self._files = files
+        self._model = model
+        self._executor = executor
+        self._remote: RemoteDriver | None = None
+        self._loaded: LocalDriver | None = None
+
+    def open_remote(self, hop: HopPlan, me: Party, report: HopReport) -> None:
+        assert self._remote is None, "one set of FFN workers at a time"
+        arch, split = self._files.arch, hop.split
+        row_bytes = arch.hidden_size * self._model.dtype.itemsize
+        self._remote = RemoteDriver(
+            weights=ffn_weights(self._plan, self._files),
+            dtype=self._model.dtype,
+            device=self._model.device,
+            split=split.split,
+            num_parts=hop.num_workers,
+            num_micro_batches=split.micro_batches,
+            sizes=SlotSizes(
+                num_slots=split.micro_batches + SPARE_SLOTS,
+                call_bytes=hop.max_rows * row_bytes,
+                answer_bytes=hop.max_rows * row_bytes,
+            ),
+            client=FfnClientConfig(
+                session=SessionId(int.from_bytes(os.urandom(8)) >> 1),
+                fallback=split.fallback,
+                timeout_seconds=split.timeout_seconds,
+                deadline_seconds=split.deadline_seconds,
+            ),
+            me=me,
+            load_part=lambda piece: self._load_part(piece, hop),
+            report=report,
+            spin_seconds=self._plan.spin_seconds,
+        )
+
+    def connect(self, address: PeerAddress, transport: str) -> None:
+        if self._remote is not None:
+            self._remote.connect(address, transport)
+
+    def disconnect(self, worker: WorkerId) -> None:
+        if self._remote is not None:
+            self._remote.disconnect(worker)
+
+    def load(self) -> None:
+        self._loaded = LocalDriver(load_feed_forwards(self._plan, self._files))
+
+    def switch(self, *, remote: bool) -> None:
+        if remote:
+            assert self._remote is not None, "opened before"
+            self._executor.use_driver(self._remote)
+            self._loaded = None
+        else:
+            assert self._loaded is not None, "loaded before"
+            self._executor.use_driver(self._loaded)
+            self._loaded = None
+            if self._remote is not None:
+                self._remote.close()
+                self._remote = None
+        gc.collect()  # weights are large, and nothing else would make it run soon
+
+    def counts(self) -> dict[str, float]:
+        remote = self._remote
+        if remote is None:
+            return {}
+        hop, client = remote.counts, remote.client.counts
+        return {
+            **{name: getattr(hop, name) for name in hop.__struct_fields__},
+            **{name: getattr(client, name) for name in client.__struct_fields__},
+            "workers": len(remote.client.workers),
+            "holds_weights": float(remote.holds_weights),
+        }
+
+    def close(self) -> None:
+        if self._remote is not None:
+            self._remote.close()
+            self._remote = None
+
+    def _load_part(self, piece: Piece, hop: HopPlan) -> Sequence[FeedForwardLayer]:
+        num_parts = hop.num_workers if hop.split.split == "column" else 1
+        return load_feed_forwards(self._plan, self._files, int(piece) if num_parts > 1 else 0, num_parts)
+
+
+def load_feed_forwards(plan: WorkerPlan, files: ModelFiles, part: int = 0, num_parts: int = 1) -> list[FeedForwardLayer]:
+    """The feed-forwards of every layer, or a column part of them. Loads no other weights."""
+    dtype: torch.dtype = getattr(torch, plan.dtype)
+    arch = files.arch
+    tensors: Tensors = load_tensors(files, dtype, is_feed_forward)
+    if num_parts > 1:
+        arch, tensors = column_part(arch, tensors, part, num_parts)
+    return build_feed_forwards(arch, tensors, dtype, plan.model.deterministic, torch.device(plan.device))
+
+
+def build_side(plan: WorkerPlan, files: ModelFiles) -> FfnSide:
+    """What an FFN worker computes with."""
+    share = plan.share
+    assert share is not None, f"{plan.name} is no FFN worker"
+    feed_forwards = load_feed_forwards(plan, files, share.part, share.num_parts)
+    pieces = frozenset({Piece(share.part if share.split == "column" else 0)})
+    dtype: torch.dtype = getattr(torch, plan.dtype)
+    return FfnSide(feed_forwards, ffn_weights(plan, files), pieces, dtype, torch.device(plan.device))
+
+
+def ffn_weights(plan: WorkerPlan, files: ModelFiles) -> FfnWeights:
+    """What both sides compare before the first call."""
+    return FfnWeights(
+        weights=files.identity,
+        num_layers=files.arch.num_layers,
+        hidden_size=files.arch.hidden_size,
+        dtype=plan.dtype,
+        deterministic=plan.model.deterministic,
+    )

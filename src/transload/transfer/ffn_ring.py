@@ -1,0 +1,273 @@
+"""Feed-forward calls through memory that both workers of one host have mapped.
+
+    control page: [calls posted] [answers posted] [caller dozes] [callee dozes]  a line of the cache each
+                  ring of calls, ring of answers: (slot, header bytes, row bytes) each
+    slot:         call's header | answer's header | call's rows | answer's rows
+
+A ring has as many entries as there are slots, and a slot has one call under way, so no ring can overflow. A number is
+posted only after all it announces is in place. Everything read from the shared memory is checked before it is used: a
+peer that writes nonsense can spoil rows, never memory. The socket beside it carries one byte to wake a dozing peer, and
+its end says that the peer is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import socket
+import stat
+import sys
+import threading
+
+from transload.control.ffn_messages import FfnAnswer, SessionId
+from transload.control.messages import WorkerId
+from transload.errors import HandoffError, MachineError
+from transload.transfer.ffn_link import (
+    HEADER_BYTES,
+    MAX_SLOTS,
+    ArrivedAnswer,
+    ArrivedCall,
+    CallFrame,
+    SlotSizes,
+    decode_answer,
+    decode_call,
+    encode_header,
+)
+
+if sys.platform == "linux":
+    import fcntl
+
+    _SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+
+_CALLS, _ANSWERS, _CALLER_DOZES, _CALLEE_DOZES = 0, 8, 16, 24  # words; 8 of them are a line of the cache
+_CALL_RING, _ANSWER_RING = 64, 64 + 4 * MAX_SLOTS
+_CONTROL_BYTES = 8 << 10
+_PAGE = 4096
+assert (_ANSWER_RING + 4 * MAX_SLOTS) * 8 <= _CONTROL_BYTES
+
+
+class RingMemory:
+    """The mapping, made here or come from the peer."""
+
+    def __init__(self, fd: int, sizes: SlotSizes) -> None:
+        """Takes ownership of `fd`. Raises `HandoffError` if it is not such memory."""
+        self.sizes = sizes
+        try:
+            _check_memory(fd, memory_bytes(sizes))
+            self._mapping = mmap.mmap(fd, memory_bytes(sizes), mmap.MAP_SHARED)
+        except (OSError, ValueError) as error:
+            raise HandoffError(f"cannot map the memory of feed-forward calls: {error}") from error
+        finally:
+            os.close(fd)
+        self._views = [memoryview(self._mapping)]
+        self.words = self._keep(self._views[0][:_CONTROL_BYTES].cast("Q"))
+        stride = _stride(sizes)
+        starts = [_CONTROL_BYTES + slot * stride for slot in range(sizes.num_slots)]
+        after_headers = 2 * HEADER_BYTES
+        answers_at = after_headers + _padded(sizes.call_bytes)
+        self.call_headers = [self._view(start, HEADER_BYTES) for start in starts]
+        self.answer_headers = [self._view(start + HEADER_BYTES, HEADER_BYTES) for start in starts]
+        self.call_rows = [self._view(start + after_headers, sizes.call_bytes) for start in starts]
+        self.answer_rows = [self._view(start + answers_at, sizes.answer_bytes) for start in starts]
+
+    def _view(self, start: int, num_bytes: int) -> memoryview:
+        return self._keep(self._views[0][start : start + num_bytes])
+
+    def _keep(self, view: memoryview) -> memoryview:
+        self._views.append(view)
+        return view
+
+    def close(self) -> None:
+        """Unmap; at once, or with the last tensor that still lies in it."""
+        self.call_headers = self.answer_headers = self.call_rows = self.answer_rows = []
+        with contextlib.suppress(BufferError):
+            for view in reversed(self._views):
+                view.release()
+            self._mapping.close()
+
+
+def create_memory(sizes: SlotSizes) -> int:
+    """A sealed memfd for a ring; the caller owns it. Raises `MachineError` if the machine has not that much memory."""
+    if sys.platform != "linux":
+        raise MachineError("feed-forward calls through shared memory need Linux; set the link's transport to tcp")
+    fd = os.memfd_create("transload-ffn", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.posix_fallocate(fd, 0, memory_bytes(sizes))  # every page now: later it would be a SIGBUS
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SIZE_SEALS | fcntl.F_SEAL_SEAL)
+    except OSError as error:
+        os.close(fd)
+        size = f"{memory_bytes(sizes) / 2**20:.0f} MiB"
+        raise MachineError(f"no memory for feed-forward calls ({size}): {error}; lower limits.step_tokens") from error
+    return fd
+
+
+def memory_bytes(sizes: SlotSizes) -> int:
+    return _CONTROL_BYTES + sizes.num_slots * _stride(sizes)
+
+
+def _stride(sizes: SlotSizes) -> int:
+    return 2 * HEADER_BYTES + _padded(sizes.call_bytes) + _padded(sizes.answer_bytes)
+
+
+def _padded(num_bytes: int) -> int:
+    return -(-num_bytes // _PAGE) * _PAGE
+
+
+def _check_memory(fd: int, size_bytes: int) -> None:
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_size != size_bytes:
+        raise HandoffError(f"the memory of feed-forward calls is {status.st_size} bytes long, wanted {size_bytes}")
+    if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SIZE_SEALS != _SIZE_SEALS:
+        raise HandoffError("the memory of feed-forward calls can still change its size: refused")
+
+
+class _RingEnd:
+    """What both ends do alike: post an entry, read the entries of the other, doze and wake."""
+
+    transport = "shm"
+
+    def __init__(self, memory: RingMemory, sock: socket.socket, *, is_caller: bool) -> None:
+        self.sizes = memory.sizes
+        self._memory = memory
+        self._words = memory.words
+        self._sock = sock
+        sock.setblocking(False)
+        self._fence = threading.Lock()  # taken and released, it orders the accesses around it on every processor
+        self._posted_at, self._news_at = (_CALLS, _ANSWERS) if is_caller else (_ANSWERS, _CALLS)
+        self._out_ring, self._in_ring = (_CALL_RING, _ANSWER_RING) if is_caller else (_ANSWER_RING, _CALL_RING)
+        mine, peers = (_CALLER_DOZES, _CALLEE_DOZES) if is_caller else (_CALLEE_DOZES, _CALLER_DOZES)
+        self._dozes_at, self._peer_dozes_at = mine, peers
+        self._num_posted = 0
+        self._num_seen = 0
+        self._problem: str | None = None
+
+    def has_news(self) -> bool:
+        return self._words[self._news_at] != self._num_seen or self._problem is not None
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def wants_to_send(self) -> bool:
+        return False
+
+    def doze(self) -> bool:
+        self._words[self._dozes_at] = 1
+        with self._fence:
+            pass
+        return not self.has_news()
+
+    def wake(self) -> None:
+        self._words[self._dozes_at] = 0
+        try:
+            while True:
+                if not self._sock.recv(64):
+                    self._problem = "the peer has closed the link"
+                    return
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._problem = f"the link is broken: {error}"
+
+    def close(self) -> None:
+        self._sock.close()
+        self._words = memoryview(bytes(_CONTROL_BYTES)).cast("Q")
+        self._memory.close()
+
+    def _post(self, slot: int, header: bytes, place: memoryview, num_bytes: int) -> None:
+        """The rows are in place already."""
+        place[: len(header)] = header
+        words = self._words
+        entry = self._out_ring + 4 * (self._num_posted % self.sizes.num_slots)
+        words[entry], words[entry + 1], words[entry + 2] = slot, len(header), num_bytes
+        self._num_posted += 1
+        with self._fence:
+            pass
+        words[self._posted_at] = self._num_posted
+        with self._fence:
+            pass
+        if words[self._peer_dozes_at]:
+            words[self._peer_dozes_at] = 0
+            with contextlib.suppress(OSError):  # full: it has been woken; broken: `wake` will find out
+                self._sock.send(b"!")
+
+    def _read_entries(self, headers: list[memoryview], limit: int) -> list[tuple[int, bytes, int]]:
+        """(slot, header, row bytes) of what is new, checked. What a peer has posted before its end is read first."""
+        num_new = self._words[self._news_at] - self._num_seen
+        if num_new == 0:
+            if self._problem is not None:
+                raise HandoffError(self._problem)
+            return []
+        if not 0 < num_new <= self.sizes.num_slots:
+            raise HandoffError(f"the peer has posted {num_new} entries into a ring of {self.sizes.num_slots}")
+        with self._fence:
+            pass
+        found = []
+        for number in range(self._num_seen, self._num_seen + num_new):
+            entry = self._in_ring + 4 * (number % self.sizes.num_slots)
+            slot, header_bytes, num_bytes = self._words[entry], self._words[entry + 1], self._words[entry + 2]
+            if slot >= self.sizes.num_slots or not 0 < header_bytes <= HEADER_BYTES or num_bytes > limit:
+                raise HandoffError(f"the peer has posted slot {slot} with {header_bytes} and {num_bytes} bytes")
+            found.append((slot, bytes(headers[slot][:header_bytes]), num_bytes))
+        self._num_seen += num_new
+        return found
+
+
+class RingCaller(_RingEnd):
+    """The attention side."""
+
+    def __init__(self, worker: WorkerId, memory: RingMemory, sock: socket.socket) -> None:
+        super().__init__(memory, sock, is_caller=True)
+        self.worker = worker
+        self._free = list(range(self.sizes.num_slots))
+        self._away: set[int] = set()
+
+    def reserve(self) -> int | None:
+        return self._free.pop() if self._free else None
+
+    def call_buffer(self, slot: int) -> memoryview:
+        return self._memory.call_rows[slot]
+
+    def answer_buffer(self, slot: int) -> memoryview:
+        return self._memory.answer_rows[slot]
+
+    def post(self, slot: int, frame: CallFrame, num_bytes: int) -> None:
+        self._away.add(slot)
+        self._post(slot, encode_header(frame), self._memory.call_headers[slot], num_bytes)
+
+    def poll(self) -> list[ArrivedAnswer]:
+        arrived = []
+        for slot, header, num_bytes in self._read_entries(self._memory.answer_headers, self.sizes.answer_bytes):
+            if slot not in self._away:
+                raise HandoffError(f"the peer has answered slot {slot}, which holds no call")
+            self._away.discard(slot)
+            arrived.append(ArrivedAnswer(slot, decode_answer(header), self._memory.answer_rows[slot][:num_bytes]))
+        return arrived
+
+    def release(self, slot: int) -> None:
+        self._free.append(slot)
+
+
+class RingCallee(_RingEnd):
+    """The FFN side."""
+
+    def __init__(self, session: SessionId, memory: RingMemory, sock: socket.socket) -> None:
+        super().__init__(memory, sock, is_caller=False)
+        self.session = session
+        self._held: set[int] = set()
+
+    def poll(self) -> list[ArrivedCall]:
+        arrived = []
+        for slot, header, num_bytes in self._read_entries(self._memory.call_headers, self.sizes.call_bytes):
+            if slot in self._held:
+                raise HandoffError(f"the peer calls with slot {slot}, which holds a call already")
+            self._held.add(slot)
+            arrived.append(ArrivedCall(slot, decode_call(header), self._memory.call_rows[slot][:num_bytes]))
+        return arrived
+
+    def answer_buffer(self, slot: int) -> memoryview:
+        return self._memory.answer_rows[slot]
+
+    def answer(self, slot: int, answer: FfnAnswer, num_bytes: int) -> None:
+        self._held.discard(slot)
+        self._post(slot, encode_header(answer), self._memory.answer_headers[slot], num_bytes)
