@@ -70,8 +70,9 @@ class TorchExecutor:
         self._threads = threads
         self._sampler = Sampler()
         self._driver: LayerDriver = driver or LocalDriver(model.feed_forwards)
-        self._native = self._native_runner()
-        self._graphs = StepGraphs(model) if StepGraphs.suits(model) else None
+        self._native: NativeRunner | None = None
+        self._graphs: StepGraphs | None = None
+        self._find_short_cuts()
 
     @property
     def layout(self) -> KvLayout:
@@ -95,15 +96,15 @@ class TorchExecutor:
         """Let another answer the feed-forwards from the next step on. On the step thread, between steps."""
         self._driver = driver
         self._model.feed_forwards = driver.feed_forwards if isinstance(driver, LocalDriver) else ()
-        self._native = self._native_runner()
+        self._find_short_cuts()
 
-    @property
-    def _is_whole(self) -> bool:
-        return isinstance(self._driver, LocalDriver)
-
-    def _native_runner(self) -> NativeRunner | None:
-        is_whole = self._is_whole and len(self._model.feed_forwards) == self._model.arch.num_layers
-        return NativeRunner.of(self._model, self._cache, self._threads) if is_whole else None
+    def _find_short_cuts(self) -> None:
+        """Ways to compute steps faster than layer by layer, if the whole model is here."""
+        is_whole = (
+            isinstance(self._driver, LocalDriver) and len(self._model.feed_forwards) == self._model.arch.num_layers
+        )
+        self._native = NativeRunner.of(self._model, self._cache, self._threads) if is_whole else None
+        self._graphs = StepGraphs(self._model) if is_whole and StepGraphs.suits(self._model) else None
 
     @torch.inference_mode()
     def run_step(self, step: RunStep, layers_ready: Callable[[int, int], None]) -> StepDone:
@@ -136,15 +137,13 @@ class TorchExecutor:
         if self._native is not None:
             return self._native.run(step.chunks, self._layers_per_frame, report)
         batches = [self._batches.build(part, step=step.step, micro_batch=n) for n, part in enumerate(parts)]
-        if self._graphs is not None and self._is_whole and self._graphs.takes(step.chunks):
+        if self._graphs is not None and self._graphs.takes(step.chunks):
             return self._graphs.logits(batches[0])
         residuals = self._run_layers(batches, report)
         residual_RE = torch.cat(residuals) if len(residuals) > 1 else residuals[0]
         return self._model.attention.logits(residual_RE) if len(residual_RE) else residual_RE
 
-    def _run_layers(
-        self, batches: Sequence[Batch], report: Callable[[int, int], None] | None
-    ) -> list[torch.Tensor]:
+    def _run_layers(self, batches: Sequence[Batch], report: Callable[[int, int], None] | None) -> list[torch.Tensor]:
         """The residuals [R, E] of the rows that draw a token, by batch."""
         attention = self._model.attention
         if report is None:

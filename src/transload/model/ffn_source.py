@@ -120,7 +120,9 @@ class TorchFfnSource:
         return load_feed_forwards(self._plan, self._files, int(piece) if num_parts > 1 else 0, num_parts)
 
 
-def load_feed_forwards(plan: WorkerPlan, files: ModelFiles, part: int = 0, num_parts: int = 1) -> list[FeedForwardLayer]:
+def load_feed_forwards(
+    plan: WorkerPlan, files: ModelFiles, part: int = 0, num_parts: int = 1
+) -> list[FeedForwardLayer]:
     """The feed-forwards of every layer, or a column part of them. Loads no other weights."""
     dtype: torch.dtype = getattr(torch, plan.dtype)
     arch = files.arch
