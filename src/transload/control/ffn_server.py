@@ -201,7 +201,7 @@ class FfnServer:
                 return
 
     def _is_ripe(self, group: list[_Waiting], now: float) -> bool:
-        if now - group[0].arrived_at >= self.config.max_wait_seconds:
+        if now >= group[0].arrived_at + self.config.max_wait_seconds:  # as `due_at` says it, to the bit
             return True
         if sum(waiting.num_rows for waiting in group) >= self.config.max_rows:
             return True
