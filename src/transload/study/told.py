@@ -38,10 +38,12 @@ def chosen(records: Iterable[RequestRecord]) -> list[RequestRecord]:
     return list({record.index: record for record in picked}.values())
 
 
-async def fetch_waterfalls(client: HttpClient, records: Sequence[RequestRecord]) -> tuple[Waterfall, ...]:
-    """Of the chosen requests. () if the server is not one of ours or has forgotten them."""
+async def fetch_waterfalls(
+    client: HttpClient, records: Sequence[RequestRecord], *, of_all: bool = False
+) -> tuple[Waterfall, ...]:
+    """Of the chosen requests, or of all. () if the server is not one of ours or has forgotten them."""
     found: list[Waterfall] = []
-    for record in chosen(records):
+    for record in records if of_all else chosen(records):
         if record.answer_id is None:
             continue
         answer = _Body()

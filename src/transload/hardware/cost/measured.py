@@ -8,8 +8,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 
+from transload.errors import DeploymentError
+from transload.hardware.chip import Chip
+from transload.hardware.cost.energy import energy_joules, usd
 from transload.hardware.cost.shape import StepShape
+from transload.hardware.cost.worker import OperationTime
 from transload.hardware.measured import MeasuredSteps
+from transload.hardware.parallel import Parallel
+from transload.hardware.quantity import Quantity
 
 Point = tuple[float, float]
 
@@ -54,3 +60,55 @@ class MeasuredStepCost:
         gap = self.measured.step_gap_seconds
         mixed = self.measured.mixed_share * max(0.0, decode - gap)
         return prompts * self.measured.serving.prefill + mixed + gap
+
+
+class MeasuredCost(MeasuredStepCost):
+    """A worker of a measured chip, with all that simulations ask of a `WorkerCost`."""
+
+    def __init__(self, chip: Chip, parallel: Parallel | None = None) -> None:
+        """Raises `DeploymentError` for a split: what was measured is one worker on one machine."""
+        assert chip.measured is not None
+        super().__init__(chip.measured)
+        self.chip = chip
+        if parallel is not None and parallel.num_chips > 1:
+            raise DeploymentError(
+                f"{chip.id}: measured as one worker; leave `parallel` out, or calibrate the split deployment"
+            )
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.measured.kv_tokens
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """As far off as the form is at its own points, and a tenth for what changes from day to day."""
+        spread = 0.1 + self.measured.step_error
+        return 1 / (1 + spread), 1 + spread
+
+    @property
+    def rests_on(self) -> tuple[Quantity, ...]:
+        """Every measured step as a number of class measured."""
+        source = f"{self.measured.machine}, {self.measured.date}"
+        seconds = [point.seconds for point in self.measured.prefill]
+        seconds += [point.fixed_seconds for point in self.measured.decode]
+        return tuple(Quantity(value=value, unit="s", source=source, kind="measured") for value in seconds)
+
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        measured = self.measured
+        return (
+            f"{self.chip.id}: steps as measured on {measured.machine} on {measured.date}, of {measured.model} in "
+            f"{measured.dtype} with {measured.threads} thread(s)",
+        )
+
+    def breakdown(self, shape: StepShape) -> tuple[OperationTime, ...]:  # noqa: ARG002
+        """() : whole steps were measured, not operations."""
+        return ()
+
+    def energy_joules(self, seconds: float, busy_share: float) -> float:
+        """Raises `DeploymentError` if the chip file says no power."""
+        return energy_joules(self.chip, 1, seconds, busy_share)
+
+    def usd(self, seconds: float) -> float:
+        """Raises `DeploymentError` if the chip file says no price."""
+        return usd(self.chip, 1, seconds)

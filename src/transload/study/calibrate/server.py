@@ -103,6 +103,7 @@ class Played(msgspec.Struct, frozen=True, kw_only=True):
     """As the server calls it."""
     records: list[RequestRecord]
     waterfalls: tuple[Waterfall, ...] = ()
+    """Of all requests, if the server tells."""
 
 
 def play(url: str, workload: Workload, *, api_key: str | None = None) -> Played:
@@ -119,7 +120,7 @@ async def _play(url: str, workload: Workload, api_key: str | None) -> Played:
         failed = next((record for record in records if record.error is not None), None)
         if failed is not None:
             raise TransloadError(f"{url}: a request failed ({failed.error}: {failed.error_detail})")
-        waterfalls = await fetch_waterfalls(client, records)
+        waterfalls = await fetch_waterfalls(client, records, of_all=True)
         return Played(clock_seconds=began, model=target.model, records=records, waterfalls=waterfalls)
     finally:
         await client.close()

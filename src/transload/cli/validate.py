@@ -1,0 +1,108 @@
+"""`transload validate`: the flags. Playing and comparing is `study/validate`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transload.cli.bench import without_secrets
+from transload.errors import DeploymentError
+
+if TYPE_CHECKING:
+    from transload.deploy.spec import Deployment
+
+_EXAMPLES = """\
+examples:
+  transload calibrate -o machine.yaml
+  transload validate --chip machine.yaml                      1agg and 1p1d, light and near saturation
+  transload validate 2p1d deployments/1p1d-tcp.yaml --chip machine.yaml --rate 0.5
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand and its flags."""
+    parser = subparsers.add_parser(
+        "validate",
+        help="run for real and in virtual time, and compare",
+        description=(
+            "Start each deployment on this machine, play a load against it, simulate the same with the chip file of "
+            "`transload calibrate`, and print the errors. The machine should have nothing else to do."
+        ),
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "cases", nargs="*", default=["1agg", "1p1d"], metavar="CASE", help="files or shorthands (default 1agg 1p1d)"
+    )
+    parser.add_argument("--chip", default="machine.yaml", metavar="CHIP.yaml", help="default machine.yaml")
+    parser.add_argument("--model", metavar="PATH", help="as for serve; the one that was measured")
+    load = parser.add_argument_group("load")
+    load.add_argument(
+        "--load", action="append", type=float, metavar="SHARE", help="of the simulated capacity (default 0.3 and 0.85)"
+    )
+    load.add_argument("--rate", action="append", type=float, metavar="R", help="requests a second instead")
+    load.add_argument("--trace", metavar="FILE", help="recorded arrivals and lengths instead")
+    load.add_argument("--shrink", type=int, default=1, metavar="N", help="with --trace: divide its lengths by N")
+    load.add_argument("--speedup", type=float, default=1.0, metavar="X", help="with --trace: play X times as fast")
+    load.add_argument("--requests", type=int, default=60, metavar="N", help="default 60")
+    load.add_argument("--input", type=int, default=128, metavar="TOKENS", help="median prompt length (default 128)")
+    load.add_argument("--output", type=int, default=48, metavar="TOKENS", help="median output length (default 48)")
+    load.add_argument("--cv", type=float, default=0.5, help="spread of both lengths (default 0.5)")
+    load.add_argument("--seed", type=int, default=1, help="of the load (default 1)")
+    parser.add_argument("--json", metavar="FILE", help="write the result; - for stdout")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code: 0 if every bound holds, 1 if one does not; errors are raised."""
+    from rich.console import Console
+
+    from transload.study.validate.run import Load, validate, write_validation
+    from transload.study.validate.show import show_comparison
+
+    if args.json not in (None, "-") and not Path(args.json).absolute().parent.is_dir():
+        raise DeploymentError(f"--json {args.json}: its folder does not exist; make it first")
+    workload = None
+    if args.trace is not None:
+        from transload.study.traces import Window, find_trace, open_trace
+
+        window = Window(max_requests=args.requests, speedup=args.speedup, shrink=args.shrink)
+        workload = open_trace(find_trace(args.trace), "auto", window)
+    load = Load(
+        shares=tuple(args.load or (() if args.rate else (0.3, 0.85))),
+        rates=tuple(args.rate or ()),
+        workload=workload,
+        num_requests=args.requests,
+        num_input=args.input,
+        num_output=args.output,
+        cv=args.cv,
+        seed=args.seed,
+    )
+    cases = [(case, _deployment(case, args.model)) for case in args.cases]
+    done = validate(cases, str(Path(args.chip).absolute()), load, _say, command=without_secrets(sys.argv))
+    console = Console(stderr=args.json == "-", highlight=False)
+    for comparison in done.comparisons:
+        show_comparison(comparison, console)
+        console.print()
+    if args.json is not None:
+        write_validation(done, args.json)
+    return 0 if all(comparison.holds for comparison in done.comparisons) else 1
+
+
+def _deployment(case: str, model: str | None) -> Deployment:
+    """A file by its path, or a shorthand."""
+    from transload.deploy.overrides import flag_override
+    from transload.deploy.resolve import resolve
+
+    overrides = [] if model is None else [flag_override("model.path", model, f"--model {model}")]
+    if re.search(r"[./]", case):
+        return resolve(Path(case), None, overrides)
+    return resolve(None, case, overrides)
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,162 @@
+"""Plays deployments for real and in virtual time and sets the two side by side."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from transload.deploy.spec import Deployment, Targets
+from transload.hardware.measured import MeasuredSteps
+from transload.runtime.base import Waterfall
+from transload.study.calibrate.server import Played, ServerProcess, new_folder, play
+from transload.study.metrics import Summary, summarize
+from transload.study.provenance import MachineFacts, machine_facts, versions
+from transload.study.validate.compare import Comparison, compare
+from transload.study.validate.virtual import VirtualRun, capacity, measured_of, play_virtual
+from transload.study.workload import ClosedLoop, Fixed, LogNormal, Poisson, Synthetic, Workload, synthetic
+
+SCHEMA = "transload-validation-1"
+Say = Callable[[str], None]
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True):
+    """What is played against each deployment."""
+
+    shares: tuple[float, ...] = ()
+    """Of the simulated capacity."""
+    rates: tuple[float, ...] = ()
+    """Requests a second."""
+    workload: Workload | None = None
+    """Instead of both: a trace."""
+    num_requests: int = 60
+    num_input: int = 128
+    num_output: int = 48
+    cv: float = 0.5
+    """Spread of both lengths."""
+    seed: int = 1
+
+
+class Validation(msgspec.Struct, frozen=True, kw_only=True):
+    """The JSON file."""
+
+    schema: str = SCHEMA
+    command: tuple[str, ...]
+    started_at: str
+    commit: str
+    machine: MachineFacts
+    versions: dict[str, str]
+    chip: MeasuredSteps
+    comparisons: tuple[Comparison, ...]
+    measured: tuple[Summary, ...]
+    """In the order of the comparisons."""
+    simulated: tuple[Summary, ...]
+
+
+def validate(
+    cases: Sequence[tuple[str, Deployment]], chip_path: str, load: Load, say: Say, *, command: tuple[str, ...]
+) -> Validation:
+    """Raises `TransloadError` if a server cannot be started or a request fails."""
+    measured = measured_of(chip_path)
+    started_at, machine = datetime.now(UTC).isoformat(timespec="seconds"), machine_facts()
+    comparisons: list[Comparison] = []
+    real: list[Summary] = []
+    virtual: list[Summary] = []
+    for name, deployment in cases:
+        workloads = list(_workloads(deployment, chip_path, load, say))
+        with new_folder() as folder, ServerProcess(deployment, Path(folder)) as server:
+            _warm_up(server.url)
+            for words, workload in workloads:
+                say(f"{name}, {words}: for real")
+                played = play(server.url, workload)
+                simulated = play_virtual(deployment, chip_path, workload)
+                summary = summarize(played.records, Targets())
+                comparisons.append(_compare(name, words, summary, played, simulated))
+                real.append(summary)
+                virtual.append(simulated.summary)
+    return Validation(
+        command=command,
+        started_at=started_at,
+        commit=_commit(),
+        machine=machine,
+        versions=versions(),
+        chip=measured,
+        comparisons=tuple(comparisons),
+        measured=tuple(real),
+        simulated=tuple(virtual),
+    )
+
+
+def _workloads(
+    deployment: Deployment, chip_path: str, load: Load, say: Say
+) -> Iterable[tuple[str, Workload]]:
+    if load.workload is not None:
+        yield load.workload.name, load.workload
+        return
+    rates = [(f"{rate:g} requests/s", rate) for rate in load.rates]
+    if load.shares:
+        most = capacity(deployment, chip_path, load.num_input, load.num_output)
+        say(f"simulated capacity: {most:.2f} requests/s")
+        rates += [(f"{share:.0%} of capacity", share * most) for share in load.shares]
+    for words, rate in rates:
+        yield words, synthetic(
+            Synthetic(
+                arrivals=Poisson(rate),
+                input=LogNormal(float(load.num_input), load.cv),
+                output=LogNormal(float(load.num_output), load.cv),
+                num_requests=load.num_requests,
+                seed=load.seed,
+            )
+        )
+
+
+def _warm_up(url: str) -> None:
+    play(
+        url,
+        synthetic(
+            Synthetic(arrivals=ClosedLoop(2), input=Fixed(64), output=Fixed(8), num_requests=4, seed=2**31)
+        ),
+    )
+
+
+def _compare(name: str, words: str, summary: Summary, played: Played, simulated: VirtualRun) -> Comparison:
+    return compare(
+        name, words, summary, simulated.summary, _stage_seconds(played.waterfalls), simulated.stage_seconds
+    )
+
+
+def _stage_seconds(waterfalls: Sequence[Waterfall]) -> dict[str, float]:
+    totals: dict[str, float] = defaultdict(float)
+    for waterfall in waterfalls:
+        for stage in waterfall.stages:
+            totals[stage.name] += stage.seconds
+    return {name: seconds / len(waterfalls) for name, seconds in totals.items()}
+
+
+def _commit() -> str:
+    """Of the checkout this runs from; empty where it is none."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=10.0,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()
+
+
+def write_validation(validation: Validation, path: str) -> None:
+    """As indented JSON; "-": to stdout."""
+    encoded = msgspec.json.format(msgspec.json.encode(validation), indent=1) + b"\n"
+    if path == "-":
+        sys.stdout.buffer.write(encoded)
+    else:
+        Path(path).write_bytes(encoded)

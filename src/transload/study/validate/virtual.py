@@ -1,0 +1,78 @@
+"""The virtual side: a deployment that this machine serves, simulated with what was measured of the machine."""
+
+from __future__ import annotations
+
+import msgspec
+
+from transload.deploy.spec import Deployment, Targets
+from transload.errors import DeploymentError
+from transload.hardware.catalog import load_chip
+from transload.hardware.measured import MeasuredSteps
+from transload.study.calibrate.shared_machine import SharedMachineCost
+from transload.study.metrics import RequestRecord, Summary, summarize
+from transload.study.simulate import Simulation
+from transload.study.simulated import ClusterCost, plan_cluster
+from transload.study.workload import ClosedLoop, Fixed, Synthetic, Workload, synthetic
+
+CAPACITY_USERS = 48
+CAPACITY_REQUESTS = 192
+
+
+class VirtualRun(msgspec.Struct, frozen=True, kw_only=True):
+    records: list[RequestRecord]
+    summary: Summary
+    stage_seconds: dict[str, float]
+    """Mean a request, by name of stage."""
+
+
+def measured_of(chip_path: str) -> MeasuredSteps:
+    """Raises `DeploymentError` if the file is none that `transload calibrate` wrote."""
+    chip = load_chip(chip_path)
+    if chip.measured is None:
+        raise DeploymentError(
+            f"--chip {chip_path}: has no `measured` section; want a file that `transload calibrate -o` wrote"
+        )
+    return chip.measured
+
+
+def play_virtual(deployment: Deployment, chip_path: str, workload: Workload) -> VirtualRun:
+    """All workers on one machine, which is the measured one."""
+    measured = measured_of(chip_path)
+    pools = tuple(msgspec.structs.replace(pool, chip=chip_path) for pool in deployment.pools)
+    cluster = plan_cluster(msgspec.structs.replace(deployment, pools=pools))
+    workers = [name for pool in cluster.pools for name in pool.worker_names]
+    cost = SharedMachineCost(ClusterCost(cluster), measured, workers)
+    simulation = Simulation(cluster, workload, cost, seed=deployment.seed, jumps=False, with_records=True)
+    cost.clock = lambda: simulation.runtime.now
+    simulation.run()
+    recorder = simulation.recorder
+    records = [_felt(record, measured.front_end.request_seconds) for record in recorder.records or []]
+    count = max(1, recorder.num_successful)
+    return VirtualRun(
+        records=records,
+        summary=summarize(records, Targets()),
+        stage_seconds={name: seconds / count for name, seconds in recorder.stage_seconds.items()},
+    )
+
+
+def capacity(deployment: Deployment, chip_path: str, num_input: int, num_output: int) -> float:
+    """Requests a second when there are always more of them than can be served, simulated."""
+    crowd = synthetic(
+        Synthetic(
+            arrivals=ClosedLoop(CAPACITY_USERS),
+            input=Fixed(num_input),
+            output=Fixed(num_output),
+            num_requests=CAPACITY_REQUESTS,
+            seed=0,
+        )
+    )
+    return play_virtual(deployment, chip_path, crowd).summary.requests_per_second
+
+
+def _felt(record: RequestRecord, seconds: float) -> RequestRecord:
+    """As its user felt it: the front end is between."""
+    return msgspec.structs.replace(
+        record,
+        token_seconds=[at + seconds for at in record.token_seconds],
+        end_seconds=record.end_seconds + seconds,
+    )
