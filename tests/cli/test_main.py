@@ -42,6 +42,9 @@ FROZEN = {
         "--seed --set --shared-prefix --shrink --speedup --start --sweep --think --tpot --trace --trace-format --ttft "
         "--turns"
     ),
+    "validate": (
+        "CASES --chip --cv --input --json --load --model --output --rate --requests --seed --shrink --speedup --trace"
+    ),
     "report": "--csv --event-log --html --perfetto --title RESULTS",
 }
 """Every subcommand and flag. Scripts out there use them: taking one away or renaming it breaks somebody."""

@@ -29,11 +29,28 @@ from transload.cli import (
     report,
     serve,
     simulate,
+    validate,
     worker,
 )
 from transload.errors import TransloadError
 
-COMMANDS = (serve, chat, bench, simulate, explain, doctor, worker, chips, models, links, report, afd, claims, calibrate)
+COMMANDS = (
+    serve,
+    chat,
+    bench,
+    simulate,
+    explain,
+    doctor,
+    worker,
+    chips,
+    models,
+    links,
+    report,
+    calibrate,
+    validate,
+    afd,
+    claims,
+)
 EXAMPLES = """\
 examples:
   transload serve                                one prefill and one decode worker on this machine

@@ -17,6 +17,7 @@ from transload.deploy.spec import Deployment, Link, Pool, PrecisionSpec
 from transload.errors import DeploymentError
 from transload.hardware.catalog import load_chip, load_link, load_model
 from transload.hardware.chip import Chip
+from transload.hardware.cost.measured import MeasuredCost
 from transload.hardware.cost.shape import StepShape
 from transload.hardware.cost.worker import OperationTime, WorkerCost
 from transload.hardware.link import LinkKind
@@ -138,7 +139,8 @@ def plan_cluster(deployment: Deployment, assume: Iterable[str] = ()) -> Simulate
     precision = resolve_precision(card, deployment.model.precision)
     used: set[str] = set()
     pools = tuple(_pool(pool, card, precision, texts, used) for pool in deployment.pools if pool.role != "ffn")
-    kv = kv_bytes_per_token(card, precision.kv)
+    measured = next((pool.chip.measured for pool in pools if pool.chip.measured is not None), None)
+    kv = kv_bytes_per_token(card, precision.kv) if measured is None else measured.kv_bytes_per_token
     links, quantities, notes = _links(deployment, pools, card, kv, texts, used)
     idle = [text for text in texts if parse_assumption(text).subject not in used]
     if idle:
@@ -191,12 +193,16 @@ def _pool(pool: Pool, card: ModelCard, precision: Precision, assume: Sequence[st
     chip = load_chip(pool.chip)
     used |= {chip.id, *chip.aliases}
     chip = chip.assuming([parse_assumption(text) for text in assume])
-    cost = WorkerCost(chip, card, pool.parallel, precision)
+    cost: StepCost
+    if chip.measured is not None:
+        cost, per_token = MeasuredCost(chip, pool.parallel), chip.measured.kv_bytes_per_token
+    else:
+        cost, per_token = WorkerCost(chip, card, pool.parallel, precision), kv_bytes_per_token(card, precision.kv)
     num_blocks = cost.kv_tokens // pool.block_size
     if pool.memory_bytes is not None:
-        wanted = pool.memory_bytes // (pool.block_size * kv_bytes_per_token(card, precision.kv))
-        if wanted > num_blocks:
-            most = format_bytes(num_blocks * pool.block_size * kv_bytes_per_token(card, precision.kv))
+        wanted = pool.memory_bytes // (pool.block_size * per_token)
+        if wanted > num_blocks and chip.measured is None:
+            most = format_bytes(num_blocks * pool.block_size * per_token)
             raise DeploymentError(
                 f'pool "{pool.name}": memory = {format_bytes(pool.memory_bytes)}, but beside the weights '
                 f"{pool.parallel.num_chips} x {chip.id} hold {most} of KV cache; lower it or leave it out"

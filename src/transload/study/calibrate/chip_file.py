@@ -37,6 +37,7 @@ def write_chip_file(measured: MeasuredSteps, path: str | Path, *, is_gpu: bool) 
         "vendor": "this machine",
         "kind": "gpu" if is_gpu else "cpu",
         "memory": [memory],
+        **_way_out(measured),
         "measured": _rounded(msgspec.to_builtins(measured)),
     }
     text = yaml.safe_dump(chip, sort_keys=False, allow_unicode=True, width=110)
@@ -44,6 +45,21 @@ def write_chip_file(measured: MeasuredSteps, path: str | Path, *, is_gpu: bool) 
         Path(path).write_text(_HEAD.format(name=Path(path).name) + text, encoding="utf-8")
     except OSError as problem:
         raise DeploymentError(f"-o {path}: cannot write: {problem.strerror}") from None
+
+
+def _way_out(measured: MeasuredSteps) -> dict[str, Any]:
+    """The link to other workers, where one was seen, as any chip has it."""
+    link = measured.links.get("shm") or next(iter(measured.links.values()), None)
+    if link is None:
+        return {}
+    where = {"source": f"{measured.machine}, {measured.date}", "class": "measured"}
+    return {
+        "scale_out": {
+            "name": "between workers of this machine",
+            "bandwidth": {"value": _rounded(link.bytes_per_second), "unit": "B/s", **where},
+            "latency": {"value": _rounded(link.latency_seconds), "unit": "s", **where},
+        }
+    }
 
 
 def _rounded(value: Any) -> Any:

@@ -92,9 +92,7 @@ def validate(
     )
 
 
-def _workloads(
-    deployment: Deployment, chip_path: str, load: Load, say: Say
-) -> Iterable[tuple[str, Workload]]:
+def _workloads(deployment: Deployment, chip_path: str, load: Load, say: Say) -> Iterable[tuple[str, Workload]]:
     if load.workload is not None:
         yield load.workload.name, load.workload
         return
@@ -104,30 +102,29 @@ def _workloads(
         say(f"simulated capacity: {most:.2f} requests/s")
         rates += [(f"{share:.0%} of capacity", share * most) for share in load.shares]
     for words, rate in rates:
-        yield words, synthetic(
-            Synthetic(
-                arrivals=Poisson(rate),
-                input=LogNormal(float(load.num_input), load.cv),
-                output=LogNormal(float(load.num_output), load.cv),
-                num_requests=load.num_requests,
-                seed=load.seed,
-            )
+        yield (
+            words,
+            synthetic(
+                Synthetic(
+                    arrivals=Poisson(rate),
+                    input=LogNormal(float(load.num_input), load.cv),
+                    output=LogNormal(float(load.num_output), load.cv),
+                    num_requests=load.num_requests,
+                    seed=load.seed,
+                )
+            ),
         )
 
 
 def _warm_up(url: str) -> None:
     play(
         url,
-        synthetic(
-            Synthetic(arrivals=ClosedLoop(2), input=Fixed(64), output=Fixed(8), num_requests=4, seed=2**31)
-        ),
+        synthetic(Synthetic(arrivals=ClosedLoop(2), input=Fixed(64), output=Fixed(8), num_requests=4, seed=2**31)),
     )
 
 
 def _compare(name: str, words: str, summary: Summary, played: Played, simulated: VirtualRun) -> Comparison:
-    return compare(
-        name, words, summary, simulated.summary, _stage_seconds(played.waterfalls), simulated.stage_seconds
-    )
+    return compare(name, words, summary, simulated.summary, _stage_seconds(played.waterfalls), simulated.stage_seconds)
 
 
 def _stage_seconds(waterfalls: Sequence[Waterfall]) -> dict[str, float]:

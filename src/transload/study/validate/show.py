@@ -12,13 +12,8 @@ from transload.units import format_seconds
 
 def show_comparison(comparison: Comparison, console: Console) -> None:
     """What users feel, then where the time goes."""
-    rate = comparison.requests_per_second
-    console.print(
-        Text(
-            f"{comparison.deployment}, {comparison.load}: {comparison.num_requests} requests, {rate:.2f}/s", style="bold"
-        ),
-        soft_wrap=True,
-    )
+    head = f"{comparison.deployment}, {comparison.load}: {comparison.num_requests} requests"
+    console.print(Text(f"{head}, {comparison.requests_per_second:.2f}/s", style="bold"), soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("", "measured", "simulated", "error", "within"):
         table.add_column(name, justify="left" if not name else "right")
@@ -35,7 +30,13 @@ def _add(table: Table, figure: Figure, name: str) -> None:
     error = "-" if figure.error is None else f"{figure.error:+.1%}"
     style = {True: "green", False: "red", None: ""}[figure.holds]
     within = "" if figure.within is None else f"{figure.within:.0%}"
-    table.add_row(name, _value(figure.measured, figure.unit), _value(figure.simulated, figure.unit), Text(error, style=style), within)
+    table.add_row(
+        name,
+        _value(figure.measured, figure.unit),
+        _value(figure.simulated, figure.unit),
+        Text(error, style=style),
+        within,
+    )
 
 
 def _value(value: float, unit: str) -> str:
