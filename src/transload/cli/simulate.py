@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transload.deploy.spec import Deployment
     from transload.study.result import Result
     from transload.study.sweep import Planned
+    from transload.study.timeline import TimelineRecorder
 
 LOADS: dict[str, Callable[[str], float]] = {
     "rate": float,
@@ -111,7 +112,7 @@ def _add_result(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--html", metavar="FILE", help="write the result as one page to look at")
     group.add_argument("--csv", metavar="FOLDER", help="write summary, series and requests as CSV files")
     group.add_argument("--records", action="store_true", help="with every request and its tokens' times in the JSON")
-    group.add_argument("--perfetto", metavar="FILE", help="write a trace for ui.perfetto.dev (steps are kept for it)")
+    group.add_argument("--perfetto", metavar="FILE", help="write a trace for ui.perfetto.dev")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -128,6 +129,11 @@ def run(args: argparse.Namespace) -> int:
     from transload.study.simulated_table import progress_bar, show_simulated
 
     load = workload(args)
+    timeline = None
+    if args.perfetto is not None:
+        from transload.study.timeline import TimelineRecorder
+
+        timeline = TimelineRecorder()
     with progress_bar(load) as progress:
         result = simulate(
             deployment_of(args),
@@ -136,11 +142,13 @@ def run(args: argparse.Namespace) -> int:
             assume=args.assume,
             faults=args.faults,
             with_records=args.records,
-            with_steps=args.perfetto is not None,
+            timeline=timeline,
             progress=progress,
         )
     show_simulated(result, console)
     _write(args, [result])
+    if timeline is not None:
+        _write_trace(timeline, args)
     if result.was_interrupted:
         return EXIT_INTERRUPTED
     return EXIT_ALL_FAILED if result.summary.num_successful == 0 else 0
@@ -207,9 +215,8 @@ def _planned(args: argparse.Namespace, values: dict[str, str]) -> Planned:
 
 
 def _write(args: argparse.Namespace, results: list[Result], *, json: bool = True) -> None:
-    from transload.study.report import result_labels, show, sources, tables, write_page
+    from transload.study.report import result_labels, show, tables, write_page
     from transload.study.result import encode_result
-    from transload.study.trace_events import write_trace
 
     if json and args.json is not None:
         _put(args.json, encode_result(results[0]))
@@ -219,9 +226,14 @@ def _write(args: argparse.Namespace, results: list[Result], *, json: bool = True
     if args.csv is not None:
         for path in tables.write_csv(results, result_labels(results), args.csv):
             show.wrote(path)
-    if args.perfetto is not None:
-        write_trace(sources.timeline_of(results[0]), args.perfetto, simulated=True, name=str(args.file))
-        show.wrote(args.perfetto)
+
+
+def _write_trace(timeline: TimelineRecorder, args: argparse.Namespace) -> None:
+    from transload.study.report import show
+    from transload.study.trace_events import write_trace
+
+    write_trace(timeline.timeline(), args.perfetto, simulated=True, name=str(args.file))
+    show.wrote(args.perfetto)
 
 
 def _put(path: str, encoded: bytes) -> None:

@@ -29,6 +29,7 @@ from transload.study.scenario import apply_faults, parse_fault
 from transload.study.schedule import Due, Schedule
 from transload.study.simulated import ClusterCost, SimulatedCluster, plan_cluster, pool_of_worker
 from transload.study.summing_up import RunFacts, sum_up
+from transload.study.timeline import TimelineRecorder
 from transload.study.traces import find_trace, open_trace
 from transload.study.workload import Workload, prefix_keys
 
@@ -59,6 +60,7 @@ def simulate(
     with_steps: bool = False,
     cost: CostModel | None = None,
     jumps: bool = True,
+    timeline: TimelineRecorder | None = None,
     progress: Callable[[Progress], bool] | None = None,
 ) -> Result:
     """Play a workload on a deployment in virtual time.
@@ -66,8 +68,8 @@ def simulate(
     A path stands for the deployment file or the trace at that place; the name of a shipped trace, such as
     "conversation", for that trace. `seed` decides what chance the control plane has; the workload has a seed of its
     own. `assume` and `faults` are in the words of `--assume` and `--fault`. `cost` replaces the catalog's durations.
-    `jumps` False goes step by step, with the same result. `progress` is called now and then and ends the run, keeping
-    what there is, by answering False.
+    `jumps` False goes step by step, with the same result. `timeline` is shown every event. `progress` is called now
+    and then and ends the run, keeping what there is, by answering False.
 
     Raises `DeploymentError` for what cannot be simulated as asked.
     """
@@ -80,7 +82,7 @@ def simulate(
     disturbances = [parse_fault(text, cluster) for text in faults]
     began_at, began = datetime.now(UTC).isoformat(timespec="seconds"), time.process_time()
     simulation = Simulation(cluster, workload, cost or ClusterCost(cluster), seed=seed, jumps=jumps,
-                            with_records=with_records, with_steps=with_steps)  # fmt: skip
+                            with_records=with_records, with_steps=with_steps, timeline=timeline)  # fmt: skip
     apply_faults(simulation.runtime, disturbances)
     was_interrupted = not simulation.run(progress)
     facts = RunFacts(
@@ -108,6 +110,7 @@ class Simulation:
         jumps: bool = True,
         with_records: bool = False,
         with_steps: bool = False,
+        timeline: TimelineRecorder | None = None,
     ) -> None:
         self._cluster = cluster
         self._workload = workload
@@ -134,6 +137,7 @@ class Simulation:
             cost,
             self.recorder,
             watcher=self.recorder,
+            observe=None if timeline is None else timeline.observe,
             jumps=jumps,
         )
         self.recorder.controller = self.runtime.controller

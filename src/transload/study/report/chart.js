@@ -145,7 +145,7 @@ function drawLines(plot, tip, options, width) {
   const yTexts = axisTexts(options.y.kind, yTicks);
   const left = Math.max(30, 9 + 6.6 * Math.max(...yTexts.map((text) => text.length)));
   const right = width - 12, top = 10, bottom = height - 36;
-  const x = scale(xLow, xHigh, left, right, options.x.log), y = scale(yLow, yHigh, bottom, top, false);
+  const x = Object.assign(scale(xLow, xHigh, left, right, options.x.log), { high: xHigh }), y = scale(yLow, yHigh, bottom, top, false);
   const svg = document.createElementNS(SVG, "svg");
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
   svg.setAttribute("height", height);
@@ -200,7 +200,7 @@ function drawTarget(svg, target, x, y, box) {
 function drawLine(svg, line, x, y, bottom) {
   let path = "", previous = null;
   for (const [px, py] of line.points) {
-    if (!isFinite(px) || !isFinite(py)) continue;
+    if (!isFinite(px) || !isFinite(py) || px > x.high) continue;
     const at = [x(px), y(py)];
     if (previous === null) path = `M${at[0].toFixed(1)},${at[1].toFixed(1)}`;
     else path += line.step ? `H${at[0].toFixed(1)}V${at[1].toFixed(1)}` : `L${at[0].toFixed(1)},${at[1].toFixed(1)}`;

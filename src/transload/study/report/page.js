@@ -51,15 +51,15 @@ function tiles(result) {
       range ? `likely ${interval(range, d.p50, "seconds")}` : null, target ? `target ${show("seconds", target)}` : null]));
   latency("TTFT, median", s.ttft_seconds, result.ttft_interval, s.targets.ttft_seconds);
   latency("TPOT, median", s.tpot_seconds, result.tpot_interval, s.targets.tpot_seconds);
-  list.push(tile("output", [digits(s.output_tokens_per_second), element("small", {}, " tokens/s")],
+  list.push(tile("output tokens/s", digits(s.output_tokens_per_second),
     [`${digits(s.requests_per_second)} requests/s` + (s.offered_requests_per_second ? ` of ${digits(s.offered_requests_per_second)} offered` : "")]));
   if (s.meets_targets !== null && s.meets_targets !== undefined)
-    list.push(tile("goodput", [digits(s.goodput_requests_per_second), element("small", {}, " requests/s")],
+    list.push(tile("goodput, requests/s", digits(s.goodput_requests_per_second),
       [`${show("share", s.attainment)} within targets, ${s.meets_targets ? "meets" : "misses"} ${show("share", s.targets.attainment)}`], !s.meets_targets));
   if (cost && cost.usd_per_million_output_tokens !== null)
     list.push(tile("cost", [show("usd", cost.usd_per_million_output_tokens)], ["per million output tokens", `${cost.num_chips} chips`]));
   if (cost && cost.joules_per_output_token !== null)
-    list.push(tile("energy", [digits(cost.joules_per_output_token), element("small", {}, " J")],
+    list.push(tile("energy", [digits(cost.joules_per_output_token) + "\u00a0J"],
       ["per output token", cost.mean_watts === null ? null : `${digits(cost.mean_watts / 1000)} kW on average`]));
   const failed = s.num_failed + (s.num_interrupted || 0);
   list.push(tile("requests", s.num_successful.toLocaleString("en-US"), [`in ${show("seconds", s.duration_seconds)}, at most ${s.peak_in_flight.toLocaleString("en-US")} at once`,
@@ -151,12 +151,22 @@ function spread(key) {
   return Math.max(...curves.map((curve) => curve[curve.length - 1][1])) / Math.max(low, 1e-9);
 }
 
+// A few late ones would press everybody else into a corner.
+function cutoff(key) {
+  const curves = RESULTS.map((result) => result.curves[key] || []).filter((curve) => curve.length > 100);
+  if (!curves.length) return undefined;
+  const high = Math.max(...curves.map((curve) => curve[curve.length - 1][1]));
+  const most = Math.max(...curves.map((curve) => curve.find(([share]) => share >= 0.995)[1]));
+  return high > 1.4 * most ? most : undefined;
+}
+
 function latencyChart([key, title, targetField]) {
   const targets = [...new Set(RESULTS.map((r) => targetField && r.summary.targets[targetField]).filter(Boolean))].map((x) => ({ x, name: `target ${show("seconds", x)}` }));
   const log = spread(key) > 25;
+  const cut = cutoff(key);
   let mode = "CDF";
   const now = () => mode === "CDF"
-    ? { lines: cdfLines(key), x: { kind: "seconds", log, name: log ? "log scale" : "" }, y: { kind: "share", high: 1 } }
+    ? { lines: cdfLines(key), x: { kind: "seconds", log, name: [log ? "log scale" : null, cut ? "up to p99.5" : null].filter(Boolean).join(", "), high: cut }, y: { kind: "share", high: 1 } }
     : { lines: histogramLines(key), x: { kind: "seconds", name: "up to p99" }, y: { kind: "share" } };
   const buttons = ["CDF", "histogram"].map((name) => element("button", { "aria-pressed": String(name === mode), onclick: () => {
     mode = name;
