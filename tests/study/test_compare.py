@@ -55,7 +55,7 @@ def result(
 ) -> Result:
     pools = tuple(
         PoolResult(
-            name=pool.name, role=pool.role, chip=pool.chip or "cpu", num_workers=pool.workers,  # type: ignore[arg-type]
+            name=pool.name, role=pool.role, chip=pool.chip or "cpu", num_workers=pool.workers,
             num_chips=pool.workers * pool.parallel.num_chips, busy_share=0.5, mean_batch=4.0, num_steps=10,
             num_prefill_tokens=100, num_decode_tokens=100, num_preemptions=0, kv_tokens=1000, kv_share=0.1,
             peak_kv_share=0.2,

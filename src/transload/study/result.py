@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from transload.control.messages import Role
+from transload.deploy.spec import PoolRole
 from transload.errors import DeploymentError
 from transload.runtime.base import Waterfall
 from transload.study.metrics import RequestRecord, Summary
@@ -38,7 +38,7 @@ class PoolSample(msgspec.Struct, frozen=True, kw_only=True):
 
 class PoolResult(msgspec.Struct, frozen=True, kw_only=True):
     name: str
-    role: Role
+    role: PoolRole
     chip: str
     """Id in the catalog or path; of a real run what the machine calls itself."""
     num_workers: int

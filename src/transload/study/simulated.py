@@ -6,7 +6,6 @@ Pure arithmetic on the catalog; plays nothing. What does not fit or is not known
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -20,7 +19,6 @@ from transload.hardware.chip import Chip
 from transload.hardware.cost.measured import MeasuredCost
 from transload.hardware.cost.shape import StepShape
 from transload.hardware.cost.worker import OperationTime, WorkerCost
-from transload.hardware.link import LinkKind
 from transload.hardware.model_card import ModelCard
 from transload.hardware.model_facts import kv_bytes_per_token
 from transload.hardware.parallel import share_of_chip
@@ -29,6 +27,8 @@ from transload.hardware.quantity import Kind as NumberClass
 from transload.hardware.quantity import Quantity, kinds_of
 from transload.hardware.slots import parse_assumption
 from transload.runtime.flows import Port, Wire
+from transload.study.link_ports import port_of
+from transload.study.split_pools import Hop, hop_of, split_cost
 from transload.units import format_bytes
 
 MESSAGE_SECONDS = 100e-6
@@ -79,6 +79,13 @@ class SimulatedPool(msgspec.Struct, frozen=True, kw_only=True):
         return [WorkerId(f"{self.spec.name}-{index}") for index in range(self.spec.workers)]
 
 
+class FfnPool(msgspec.Struct, frozen=True, kw_only=True):
+    """A pool that computes feed-forwards for others and holds no requests."""
+
+    spec: Pool
+    chip: Chip
+
+
 class SimulatedLink(msgspec.Struct, frozen=True, kw_only=True):
     """All wires from the workers of a prefill pool to those of a decode pool; back they are the same."""
 
@@ -111,7 +118,10 @@ class SimulatedCluster(msgspec.Struct, frozen=True, kw_only=True):
     precision: Precision
     kv_bytes_per_token: int
     pools: tuple[SimulatedPool, ...]
+    ffn_pools: tuple[FfnPool, ...] = ()
     links: tuple[SimulatedLink, ...]
+    hops: dict[str, Hop] = {}
+    """To the FFN pool of each pool that has one, by its name."""
     max_context: int
     assumptions: tuple[str, ...]
     classes: dict[NumberClass, int]
@@ -138,10 +148,15 @@ def plan_cluster(deployment: Deployment, assume: Iterable[str] = ()) -> Simulate
     card = load_model(deployment.model.path)
     precision = resolve_precision(card, deployment.model.precision)
     used: set[str] = set()
-    pools = tuple(_pool(pool, card, precision, texts, used) for pool in deployment.pools if pool.role != "ffn")
+    pools = tuple(
+        _pool(deployment, pool, card, precision, texts, used) for pool in deployment.pools if pool.role != "ffn"
+    )
+    ffn_pools = tuple(_ffn_pool(pool, texts, used) for pool in deployment.pools if pool.role == "ffn")
     measured = next((pool.chip.measured for pool in pools if pool.chip.measured is not None), None)
     kv = kv_bytes_per_token(card, precision.kv) if measured is None else measured.kv_bytes_per_token
     links, quantities, notes = _links(deployment, pools, card, kv, texts, used)
+    hops = {pool.spec.name: hop_of(deployment, pool.spec, texts) for pool in pools if pool.spec.ffn is not None}
+    quantities += [quantity for hop in hops.values() for quantity in hop.rests_on]
     idle = [text for text in texts if parse_assumption(text).subject not in used]
     if idle:
         known = ", ".join(sorted(used))
@@ -154,7 +169,9 @@ def plan_cluster(deployment: Deployment, assume: Iterable[str] = ()) -> Simulate
         precision=precision,
         kv_bytes_per_token=kv,
         pools=pools,
+        ffn_pools=ffn_pools,
         links=links,
+        hops=hops,
         max_context=deployment.model.max_context or card.max_context or 2**31,
         assumptions=texts,
         classes=kinds_of({id(quantity): quantity for quantity in rests_on}.values()),
@@ -179,25 +196,25 @@ def resolve_precision(card: ModelCard, spec: PrecisionSpec | None) -> Precision:
     return precision
 
 
-def _pool(pool: Pool, card: ModelCard, precision: Precision, assume: Sequence[str], used: set[str]) -> SimulatedPool:
+def _pool(
+    deployment: Deployment, pool: Pool, card: ModelCard, precision: Precision, assume: Sequence[str], used: set[str]
+) -> SimulatedPool:
     if pool.chip is None:
         raise DeploymentError(
             f'pool "{pool.name}" has no chip to simulate; name one of `transload chips` '
             f"(--set pools.{pool.name}.chip=h100_sxm), or the file that `transload calibrate` has written"
         )
-    if pool.ffn is not None:
-        raise DeploymentError(
-            f'pool "{pool.name}": feed-forwards elsewhere (ffn) are not simulated request by request; '
-            "`transload afd` answers what such a split gives"
-        )
     chip = load_chip(pool.chip)
     used |= {chip.id, *chip.aliases}
     chip = chip.assuming([parse_assumption(text) for text in assume])
     cost: StepCost
-    if chip.measured is not None:
+    per_token = kv_bytes_per_token(card, precision.kv)
+    if pool.ffn is not None:
+        cost = split_cost(deployment, pool, chip, card, precision, assume)
+    elif chip.measured is not None:
         cost, per_token = MeasuredCost(chip, pool.parallel), chip.measured.kv_bytes_per_token
     else:
-        cost, per_token = WorkerCost(chip, card, pool.parallel, precision), kv_bytes_per_token(card, precision.kv)
+        cost = WorkerCost(chip, card, pool.parallel, precision)
     num_blocks = cost.kv_tokens // pool.block_size
     if pool.memory_bytes is not None:
         wanted = pool.memory_bytes // (pool.block_size * per_token)
@@ -213,7 +230,13 @@ def _pool(pool: Pool, card: ModelCard, precision: Precision, assume: Sequence[st
             f'pool "{pool.name}": {pool.parallel.num_chips} x {chip.id} hold no KV block beside the weights of '
             f"{card.id}; split it over more chips (pools.{pool.name}.parallel)"
         )
-    return SimulatedPool(spec=pool, chip=chip, cost=cost, num_blocks=num_blocks)
+    return SimulatedPool(spec=pool, chip=chip, cost=cost, num_blocks=num_blocks, is_linear=pool.ffn is None)
+
+
+def _ffn_pool(pool: Pool, assume: Sequence[str], used: set[str]) -> FfnPool:
+    chip = load_chip(pool.chip or "")
+    used |= {chip.id, *chip.aliases}
+    return FfnPool(spec=pool, chip=chip.assuming([parse_assumption(text) for text in assume]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,7 +284,7 @@ def _link(
         name = kind.id
         for end, pool in enumerate((source, target)):
             if rates[end] is None:
-                rates[end], quantity = _port(kind, pool.spec.parallel.num_chips)
+                rates[end], quantity = port_of(kind, pool.spec.parallel.num_chips)
                 quantities.append(quantity)
         if latency is None:
             quantities.append(kind.need("latency"))
@@ -295,18 +318,6 @@ def _link(
         lease_seconds=link.lease_seconds,
     )
     return made, quantities, notes
-
-
-def _port(kind: LinkKind, num_chips: int) -> tuple[float, Quantity]:
-    """Bytes a second of one worker's port, and the number it comes from: what software was measured to get out of the
-    link where somebody has measured it."""
-    quantity = kind.measured_bandwidth or kind.need("bandwidth")
-    several = re.search(r"of (\d+) chips", kind.scope)
-    if several is not None:
-        return quantity.value * num_chips / int(several[1]), quantity
-    if re.search(r"\b(node|system|cluster|sockets)\b", kind.scope):
-        return quantity.value, quantity
-    return quantity.value * num_chips, quantity
 
 
 def _layers_per_frame(source: SimulatedPool, card: ModelCard, kv: int, rate: float) -> int:

@@ -28,6 +28,7 @@ from transload.study.result import (
     Result,
 )
 from transload.study.simulated import SimulatedCluster, SimulatedLink, SimulatedPool
+from transload.study.split_results import ffn_result, hop_result, split_uses
 from transload.study.workload import Workload
 
 FELT_SHARE = 0.05
@@ -60,6 +61,9 @@ def sum_up(cluster: SimulatedCluster, recorder: Recorder, facts: RunFacts) -> Re
     links = tuple(
         _link(link, recorder.links.get((link.source, link.target), LinkTally()), end) for link in cluster.links
     )
+    uses = split_uses(cluster, pools)
+    ffn_pools = tuple(ffn_result(cluster, pool, uses, duration, unknown) for pool in cluster.ffn_pools)
+    links += tuple(hop_result(cluster, name, use) for name, use in uses.items())
     decoding = [pool for pool in cluster.pools if pool.spec.role != "prefill"]
     prefilling = [pool for pool in cluster.pools if pool.spec.role != "decode"]
     return Result(
@@ -78,12 +82,12 @@ def sum_up(cluster: SimulatedCluster, recorder: Recorder, facts: RunFacts) -> Re
         curves=_curves(recorder),
         num_rejected=recorder.num_rejected,
         num_recovered=recorder.num_recovered,
-        pools=pools,
+        pools=(*pools, *ffn_pools),
         links=links,
         requests=tuple(recorder.records) if recorder.records is not None else None,
         waterfalls=_chosen(recorder),
         steps=tuple(recorder.step_list) if recorder.step_list is not None else None,
-        cost=_cost(pools, summary, unknown),
+        cost=_cost((*pools, *ffn_pools), summary, unknown),
         ttft_interval=_interval(prefilling),
         tpot_interval=_interval(decoding),
         assumptions=cluster.assumptions,
@@ -162,7 +166,7 @@ def _pool(pool: SimulatedPool, tally: PoolTally, duration: float, end: float, un
 
     return PoolResult(
         name=pool.spec.name,
-        role=pool.spec.role,  # type: ignore[arg-type]
+        role=pool.spec.role,
         chip=pool.chip.id,
         num_workers=workers,
         num_chips=pool.num_chips,

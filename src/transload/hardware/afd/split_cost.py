@@ -26,9 +26,17 @@ class SplitCost:
     """One attention worker of M that share N FFN workers."""
 
     def __init__(
-        self, worker: SplitWorker, *, attention_workers: int = 1, ffn_workers: int = 1, micro_batches: int = 2
+        self,
+        worker: SplitWorker,
+        *,
+        attention_workers: int = 1,
+        ffn_workers: int = 1,
+        micro_batches: int = 2,
+        shares_price: bool = True,
     ) -> None:
+        """`shares_price` False: energy and price are its own chips' alone, for whoever counts the FFN workers apart."""
         self.worker = worker
+        self.shares_price = shares_price
         self.attention_workers, self.ffn_workers = attention_workers, ffn_workers
         self.micro_batches = micro_batches
         self._curves: dict[int, tuple[int, tuple[StepCurve, ...]]] = {}
@@ -163,9 +171,12 @@ class SplitCost:
 
     def energy_joules(self, seconds: float, busy_share: float) -> float:
         """Of its own chips and its share of the FFN workers'. Raises `DeploymentError` for power that is unknown."""
-        ffn = energy_joules(self.worker.ffn_chip, 1, seconds, busy_share) * self.ffn_chips
-        return self.worker.attention.energy_joules(seconds, busy_share) + ffn
+        own = self.worker.attention.energy_joules(seconds, busy_share)
+        if not self.shares_price:
+            return own
+        return own + energy_joules(self.worker.ffn_chip, 1, seconds, busy_share) * self.ffn_chips
 
     def usd(self, seconds: float) -> float:
         """Of its own chips and its share of the FFN workers'. Raises `DeploymentError` for a price that is unknown."""
-        return self.worker.attention.usd(seconds) + usd(self.worker.ffn_chip, 1, seconds) * self.ffn_chips
+        own = self.worker.attention.usd(seconds)
+        return own + usd(self.worker.ffn_chip, 1, seconds) * self.ffn_chips if self.shares_price else own
