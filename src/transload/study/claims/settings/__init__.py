@@ -28,4 +28,5 @@ SETTINGS: dict[str, Setting] = {
     "sambanova.sn50": sram.sambanova,
     "step3": split.step3,
     "lpx.35x": split.lpx,
+    "vllm.afd": split.ascend,
 }

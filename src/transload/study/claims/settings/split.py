@@ -9,6 +9,7 @@ import msgspec
 from transload.errors import DeploymentError
 from transload.hardware.afd.memory import fewest_ffn_chips
 from transload.hardware.afd.pipeline import Pipeline, step_seconds
+from transload.hardware.afd.published import ascend_results, published
 from transload.hardware.afd.stages import SplitWorker, wire_of
 from transload.hardware.catalog import load_chip, load_link, load_model
 from transload.hardware.cost.worker import WorkerCost
@@ -17,7 +18,7 @@ from transload.hardware.precision import parse_dtype, with_kv, with_weights
 from transload.hardware.slots import parse_assumption
 from transload.study.claims.setting import Answer
 from transload.study.claims.settings.experts import BATCHES
-from transload.study.claims.settings.workers import assumptions_of, decode_seconds, fits, rate, worker
+from transload.study.claims.settings.workers import assumptions_of, decode_seconds, fits, rate, ratio, worker
 from transload.study.claims.verdict import Curve, Simulated
 
 INSTANCE = 8
@@ -98,6 +99,22 @@ def step3() -> Answer:
         basis="closed form of the attention/FFN pipeline: 6,144 requests in 3 micro-batches, each of 8 to 32 attention "
         "GPUs with its share of them, experts dealt out over 2 instances of 8 FFN GPUs, 50 GB/s a GPU and 10 us",
         assumptions=assumptions_of([_step3("fp8").attention, _step3("fp8").ffn]),
+    )
+
+
+def ascend() -> Answer:
+    """The gains alone: what an unsplit step takes is an input, as published."""
+    at_16k, at_32k = ascend_results(published().ascend)
+    return Answer(
+        values={
+            "n16_gain_48": ratio(1 + at_16k.gains[0]),
+            "n16_gain_64": ratio(1 + at_16k.gains[1]),
+            "n32_gain_48": ratio(1 + at_32k.gains[0]),
+            "n32_gain_64": ratio(1 + at_32k.gains[1]),
+        },
+        basis="unsplit steps from the two published unsplit rates, batches from what a die's memory holds before and "
+        "after the experts leave, FFN calls, hops and bubbles from the cost model (transload.hardware.afd.published)",
+        assumptions=("10 us a hop; 256 B a token and layer for the indexer's key",),
     )
 
 
