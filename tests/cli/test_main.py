@@ -35,6 +35,11 @@ FROZEN = {
         "--micro-batches --top --tpot --weights MODEL"
     ),
     "claims": "--json --list IDS",
+    "compare": (
+        "--arrivals --assume --attainment --concurrency --csv --cv --duration --end --input --input-cv --json --output "
+        "--output-cv --ramp-to --rate --requests --saturate --seed --shared-prefix --shrink --speedup --start --think "
+        "--tpot --trace --trace-format --ttft --turns FILES"
+    ),
     "calibrate": f"--api-key --output --quick --url {DEPLOYMENT}",
     "simulate": (
         "FILE --arrivals --assume --attainment --concurrency --csv --cv --duration --end --fault --html --input "

@@ -22,6 +22,7 @@ from transload.cli import (
     chat,
     chips,
     claims,
+    compare,
     doctor,
     explain,
     links,
@@ -50,6 +51,7 @@ COMMANDS = (
     validate,
     afd,
     claims,
+    compare,
 )
 EXAMPLES = """\
 examples:

@@ -17,6 +17,8 @@ from transload.study.metrics import Distribution
 from transload.study.result import Interval, Result
 
 JOULES_PER_KWH = 3.6e6
+SAME = 0.02
+"""Two values that differ by less are called equal."""
 
 
 class Latency(msgspec.Struct, frozen=True, kw_only=True):
@@ -239,16 +241,16 @@ def _pays(rows: Sequence[Row]) -> list[str]:
         return [f"most good requests for a dollar: {best.name}, {_value(best):,.0f}"]
     best, other = max(together, key=_value), max(apart, key=_value)
     ratio = _value(other) / _value(best) if _value(best) else math.inf
-    if not _value(other) or ratio <= 1.0:
-        return [
-            f"splitting does not pay here: {best.name} serves {_value(best):,.0f} good requests for a dollar, the best "
-            f"split, {other.name}, {_value(other):,.0f} ({_gain(best, other)})"
-        ]
-    close = " (within what the model can tell)" if ratio < _reach(best, other) else ""
-    return [
-        f"splitting pays here: {other.name} serves {_value(other):,.0f} good requests for a dollar, {best.name} "
-        f"{_value(best):,.0f} ({_gain(best, other)}){close}"
-    ]
+    numbers = (
+        f"{best.name} serves {_value(best):,.0f} good requests for a dollar, the best split, {other.name}, "
+        f"{_value(other):,.0f} ({_gain(best, other)})"
+    )
+    if abs(ratio - 1) < SAME:
+        return [f"splitting makes no difference for a dollar here: {numbers}"]
+    if ratio < 1:
+        return [f"splitting does not pay here: {numbers}"]
+    close = ", but that is within what the model can tell" if ratio < _reach(best, other) else ""
+    return [f"splitting pays here: {numbers}{close}"]
 
 
 def _gain(best: Row, other: Row) -> str:
@@ -300,5 +302,7 @@ def _attained(rows: Sequence[Row]) -> list[str]:
     if not judged:
         return []
     if not failed:
-        return ["all meet their targets at this load"]
+        if all(row.load_factor is not None for row in rows):
+            return ["each at the highest load at which it keeps its targets"]
+        return ["all keep their targets, so this load does not tell them apart: --saturate takes each to its limit"]
     return [f"targets missed by {', '.join(failed)}"]

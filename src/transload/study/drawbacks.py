@@ -9,7 +9,7 @@ from transload.deploy.spec import Deployment
 from transload.hardware.chip import Chip
 from transload.study.fleet import Fleet
 from transload.study.result import Result
-from transload.units import format_bytes, format_seconds
+from transload.units import format_seconds
 
 MOST = 2
 IDLE_SHARE = 0.25
@@ -55,7 +55,7 @@ def _small_memory(chip: Chip) -> str | None:
     tier = chip.tier_for("weights")
     if tier.tier != "SRAM" or tier.capacity is None:
         return None
-    return format_bytes(int(tier.capacity.value))
+    return str(tier.capacity)
 
 
 def _idle(result: Result) -> Iterator[str]:

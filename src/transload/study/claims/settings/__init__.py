@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from transload.study.claims.setting import Setting
-from transload.study.claims.settings import experts, interference, single, split, sram, transfer
+from transload.study.claims.settings import experts, goodput, interference, single, split, sram, transfer
 
 SETTINGS: dict[str, Setting] = {
     "haoai.2_30x": interference.any_inflation,
@@ -29,4 +29,11 @@ SETTINGS: dict[str, Setting] = {
     "step3": split.step3,
     "lpx.35x": split.lpx,
     "vllm.afd": split.ascend,
+    "distserve.opt-13b.sharegpt": goodput.opt_13b,
+    "distserve.opt-66b.sharegpt": goodput.opt_66b,
+    "distserve.opt-175b.sharegpt": goodput.opt_175b,
+    "distserve.ablation": goodput.ablation,
+    "distserve.blog_toy": goodput.blog_toy,
+    "distserve.sim_example": goodput.simulator_example,
+    "hack.artifact": goodput.hack_artifact,
 }
