@@ -10,10 +10,14 @@ from transload.cli import main
 from transload.deploy.load import load, loads, to_yaml
 from transload.hardware.catalog import chip_names, load_chip, load_link
 from transload.hardware.slots import parse_assumption
+from transload.study.simulate import simulate
+from transload.study.workload import Fixed, Poisson, Synthetic, synthetic
 
 FOLDER = Path(__file__).parent.parent / "deployments"
 FILES = sorted(FOLDER.glob("*.yaml"))
 SIMULATED = [file for file in FILES if any(pool.chip for pool in load(file).pools)]
+SHORT = Synthetic(arrivals=Poisson(20.0), input=Fixed(500), output=Fixed(20), sessions=None, num_requests=30,
+                  duration_seconds=None, seed=0)  # fmt: skip
 HERE = [file for file in FILES if file not in SIMULATED]
 
 
@@ -62,6 +66,21 @@ def test_every_assumption_of_a_shipped_deployment_is_about_a_number_that_nobody_
 def test_a_shipped_deployment_says_how_to_run_it(file: Path) -> None:
     verb = "simulate" if file in SIMULATED else "serve"
     assert f"#   transload {verb} deployments/{file.name}" in file.read_text()
+
+
+@pytest.mark.parametrize("file", [file for file in SIMULATED if file.stem != "rubin-lpx"], ids=lambda file: file.stem)
+def test_a_shipped_deployment_to_simulate_serves_a_short_workload_and_tells_its_assumptions(file: Path) -> None:
+    deployment = load(file)
+    result = simulate(deployment, synthetic(SHORT), name=file.stem)
+    assert result.summary.num_successful == SHORT.num_requests
+    assert result.summary.num_failed == 0
+    assert result.summary.tpot_seconds is not None
+    assert result.assumptions == deployment.assume
+    assert {pool.name for pool in result.pools} == {pool.name for pool in deployment.pools}
+    assert [link.crosses for link in result.links].count("kv") == sum(p.role == "prefill" for p in deployment.pools)
+    assert result.cost is not None
+    assert result.cost.usd is not None
+    assert result.cost.energy_joules is not None
 
 
 def test_the_default_is_one_prefill_and_one_decode_worker_as_in_the_file() -> None:

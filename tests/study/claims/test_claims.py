@@ -58,11 +58,6 @@ CLAIMS = [
     "glm52.b300",
 ]
 FOLDER = Path(settings.__file__).parent
-PENDING = {
-    "distserve.opt-13b.sharegpt", "distserve.opt-66b.sharegpt", "distserve.opt-175b.sharegpt", "distserve.ablation",
-    "distserve.blog_toy", "distserve.sim_example", "hack.artifact",
-}  # fmt: skip
-"""Claims that wait for the simulation of whole workloads."""
 CHEAP = ("derived.2_30x.distserve", "sarathi.chunk_overhead", "deepseek.profile")
 """Claims whose settings take milliseconds."""
 
@@ -81,7 +76,7 @@ def test_every_claim_says_what_who_and_in_which_setting() -> None:
 def test_a_figure_is_either_simulated_or_says_what_is_missing() -> None:
     for each in records().values():
         for figure in each.figures:
-            assert figure.missing or each.id in SETTINGS or each.id in PENDING, f"{each.id}: {figure.key}"
+            assert figure.missing or each.id in SETTINGS, f"{each.id}: {figure.key}"
 
 
 @pytest.mark.parametrize("claim_id", CHEAP)
