@@ -45,7 +45,7 @@ def machine(
 def test_this_machine_is_examined_in_full() -> None:
     checks = examine("127.0.0.1", 0)
     names = [check.name for check in checks]
-    assert names[:7] == ["system", "torch", "cores", "arithmetic", "memory", "shared memory", "open files"]
+    assert names[:8] == ["system", "torch", "cores", "arithmetic", "kernels", "memory", "shared memory", "open files"]
     assert all(check.advice for check in checks if check.status != "ok")
 
 

@@ -25,6 +25,7 @@ from transload.deploy.machine import BFLOAT16_FLAGS, NVIDIA_SMI_SECONDS, Machine
 from transload.errors import TransloadError
 from transload.model.cache import cache_folder
 from transload.model.embedded import SMOLLM2, cached_path
+from transload.model.native.library import explanation, load
 from transload.units import format_bytes
 
 COMFORTABLE_BYTES = 4 * 2**30
@@ -55,6 +56,7 @@ def examine(host: str, port: int) -> tuple[Check, ...]:
         check_torch(),
         check_cores(machine),
         check_arithmetic(machine),
+        check_kernels(),
         check_memory(machine),
         *check_shared_memory(),
         check_open_files(),
@@ -105,6 +107,18 @@ def check_arithmetic(machine: Machine) -> Check:
         status="warn",
         found="no bfloat16 instructions: dtype auto is float32",
         advice="expect about half the speed of a CPU that has them; bfloat16 would be emulated and slower still",
+    )
+
+
+def check_kernels() -> Check:
+    """Whether CPU workers compute with our own kernels; builds them if nobody has yet."""
+    if load() is not None:
+        return Check(name="kernels", status="ok", found=f"compiled for this CPU: {explanation()}")
+    return Check(
+        name="kernels",
+        status="warn",
+        found=f"torch computes instead: {explanation()}",
+        advice="install a C compiler (gcc or clang): CPU workers then decode about twice as fast",
     )
 
 

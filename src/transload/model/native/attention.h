@@ -60,10 +60,23 @@ struct lone_query {
     float *scores;        /* heads x (keys + LANES) */
 };
 
+/* Ask for a block's keys, and for the values beside them, before they are needed: blocks lie anywhere. */
+INLINE void ask_for_block(const struct lone_query *q, int64_t at, int64_t row_bytes) {
+    const int64_t block = q->blocks[at / q->cache->block_size], num_bytes = q->cache->block_size * row_bytes;
+    const char *keys = piece(q->cache, block, q->layer, 0, q->kv_head);
+    const char *values = piece(q->cache, block, q->layer, 1, q->kv_head);
+    for (int64_t offset = 0; offset < num_bytes; offset += 64) {
+        __builtin_prefetch(keys + offset, 0, 3);
+        __builtin_prefetch(values + offset, 0, 2);
+    }
+}
+
 INLINE void lone_scores(const struct lone_query *q, int kind, int heads, int64_t low, int64_t high, int64_t ld) {
     const struct cache *cache = q->cache;
     const int64_t dim = cache->head_dim, row_bytes = dim * (kind == KIND_FLOAT32 ? 4 : 2), size = cache->block_size;
+    int64_t asked = low / size * size;
     for (int64_t key = low; key < high; key += LANES) {
+        for (; asked < key + LANES + size && asked < high; asked += size) ask_for_block(q, asked, row_bytes);
         vf parts[4][LANES];
         for (int lane = 0; lane < LANES; lane++) {
             const int64_t at = key + lane < high ? key + lane : high - 1;

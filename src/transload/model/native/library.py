@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_int, c_int64, c_void_p
 from pathlib import Path
 
 from transload.errors import MachineError
@@ -130,7 +130,7 @@ class Library:
         self.close = function("close", None, c_void_p)
         self.run_layers = function("run_layers", c_int, c_void_p, POINTER(StepStruct), c_int64, c_int64)
         self.logits = function("logits", None, c_void_p, c_void_p)
-        self.first_largest = function("first_largest", None, POINTER(c_float), c_int64, c_int64, POINTER(c_int64))
+        self.first_largest = function("first_largest", None, c_void_p, c_int64, c_int64, c_void_p)
         self.lanes: int = function("lanes", c_int64)()
         self.instruction_set: str = function("instruction_set", c_char_p)().decode()
 

@@ -16,7 +16,7 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _ARENA_BYTES = 64 << 20
 _ALIGNMENT = 64
 
-__all__ = ["KINDS", "Arena", "LayerStruct", "PackedLinear", "fits"]
+__all__ = ["KINDS", "Arena", "LayerStruct", "PackedLinear", "first_largest", "fits"]
 
 
 class Arena:
@@ -47,6 +47,16 @@ def fits(weight: torch.Tensor, split: int) -> bool:
         return False
     num_outputs, num_inputs = weight.shape
     return (split or num_outputs) % library.lanes == 0 and num_inputs % library.lanes == 0
+
+
+def first_largest(rows_RV: torch.Tensor) -> torch.Tensor | None:
+    """int64 [R]: the lowest place among each row's largest; NaN counts as largest. None if the kernels cannot."""
+    if rows_RV.device.type != "cpu" or rows_RV.dtype != torch.float32 or (library := load()) is None:
+        return None
+    rows_RV = rows_RV.contiguous()
+    found_R = torch.empty(len(rows_RV), dtype=torch.int64)
+    library.first_largest(rows_RV.data_ptr(), *rows_RV.shape, found_R.data_ptr())
+    return found_R
 
 
 class PackedLinear:

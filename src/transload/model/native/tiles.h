@@ -53,6 +53,13 @@ INLINE vf multiply_pairs(vf sum, vu weights, uint32_t pair) {
 #endif
 }
 
+/* Weights are read once a step, from memory: a tile asks for what the next one will read. */
+INLINE void ask_for_next(const void *weight, int64_t ahead, int num_bytes) {
+#pragma GCC unroll 4
+    for (int offset = 0; offset < num_bytes; offset += 64)
+        __builtin_prefetch((const char *)weight + ahead + offset, 0, 2);
+}
+
 /* One tile: `num_rows` rows against `panels` neighbouring panels; sums in out[(row * panels + panel) * PANEL_VECTORS]. */
 INLINE void tile(int kind, int num_rows, int panels, const void *x, int64_t row_bytes, const void *weight,
                  int64_t num_inputs, vf *out) {
@@ -66,6 +73,7 @@ INLINE void tile(int kind, int num_rows, int panels, const void *x, int64_t row_
 #pragma GCC unroll 4
             for (int panel = 0; panel < panels; panel++) {
                 const vf *w = (const vf *)((const char *)weight + panel * stride) + k * width;
+                ask_for_next(w, panels * stride, width * VECTOR_BYTES);
 #pragma GCC unroll 8
                 for (int row = 0; row < num_rows; row++) {
                     vf a = all(*((const float *)((const char *)x + row * row_bytes) + k));
@@ -78,6 +86,7 @@ INLINE void tile(int kind, int num_rows, int panels, const void *x, int64_t row_
 #pragma GCC unroll 4
             for (int panel = 0; panel < panels; panel++) {
                 const vu *w = (const vu *)((const char *)weight + panel * stride) + k * width;
+                ask_for_next(w, panels * stride, width * VECTOR_BYTES);
 #pragma GCC unroll 8
                 for (int row = 0; row < num_rows; row++) {
                     uint32_t pair;
@@ -94,6 +103,7 @@ INLINE void tile(int kind, int num_rows, int panels, const void *x, int64_t row_
 #pragma GCC unroll 4
             for (int panel = 0; panel < panels; panel++) {
                 const vu *w = (const vu *)((const char *)weight + panel * stride) + k * width;
+                ask_for_next(w, panels * stride, width * VECTOR_BYTES);
                 vf wide[PANEL_VECTORS];
 #pragma GCC unroll 4
                 for (int v = 0; v < width; v++) wide[v] = low_halves(w[v]);

@@ -12,7 +12,7 @@ a machine without it. */
 
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -59,7 +59,15 @@ INLINE vf larger(vf a, vf b) { return choose(a > b, a, b); }
 
 INLINE vf low_halves(vu pairs) { return (vf)(pairs << 16); }
 INLINE vf high_halves(vu pairs) { return (vf)(pairs & 0xffff0000u); }
-INLINE vf load_bf16(const uint16_t *from) { return (vf)(__builtin_convertvector(*(const vh_any *)from, vu) << 16); }
+INLINE vf load_bf16(const uint16_t *from) {
+#if VECTOR_BYTES == 64
+    return (vf)((vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i_u *)from)) << 16);
+#elif VECTOR_BYTES == 32
+    return (vf)((vu)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i_u *)from)) << 16);
+#else
+    return (vf)(__builtin_convertvector(*(const vh_any *)from, vu) << 16);
+#endif
+}
 
 /* To nearest, ties to even, as torch rounds. A NaN that arithmetic makes stays one. */
 INLINE vu rounded(vf value) {
@@ -67,6 +75,10 @@ INLINE vu rounded(vf value) {
     return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
 }
 INLINE void store_bf16(uint16_t *to, vf value) {
+#if VECTOR_BYTES == 64
+    _mm256_storeu_si256((__m256i_u *)to, _mm512_cvtepi32_epi16((__m512i)rounded(value)));
+    return;
+#endif
     *(vh_any *)to = __builtin_convertvector(rounded(value), vh);
 }
 
