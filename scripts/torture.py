@@ -1,8 +1,8 @@
 """Seeded schedules of faults until stopped: `make torture`, or `python scripts/torture.py --schedules 100000`.
 
 Each seed is a small cluster in virtual time with its own load, kills, pauses, lost, repeated, late and changed frames,
-clock jumps and failed steps; every invariant is checked after every event. A seed that fails is printed and replays
-exactly: `python scripts/torture.py --first SEED --schedules 1`.
+clock jumps and failed steps; every invariant is checked after every event. A seed that fails is shrunk to a short
+story and printed, and replays exactly: `python scripts/torture.py --first SEED --schedules 1`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ sys.path.insert(0, str(ROOT))
 
 import msgspec  # noqa: E402 - the tests are found from here only
 from rich.progress import Progress, TextColumn, TimeElapsedColumn  # noqa: E402
-from tests.schedules import judge, play  # noqa: E402
+from tests.schedules import draw, judge, play  # noqa: E402
+from tests.shrink import shrink, story  # noqa: E402
 
 from transload.study.provenance import machine_facts, versions  # noqa: E402
 
@@ -43,7 +44,7 @@ def run_batch(seeds: tuple[int, int]) -> tuple[Counter[str], list[str]]:
             world = play(seed)
             judge(world)
         except Exception as error:
-            failures.append(f"seed {seed}: {type(error).__name__}: {error}")
+            failures.append(f"{type(error).__name__}: {error}\n{story(shrink(draw(seed)))}")
             continue
         counts["events"] += len(world.events)
         counts["requests"] += len(world.requests)

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
+from typing import Any, Literal
+
+import msgspec
 
 from tests.world import World, expected_end
 from transload.control.controller import ControllerConfig
 from transload.control.messages import Chunk, Frame, HandoffFailed, KvData, RequestFailed, RunStep, WorkerId
-from transload.runtime.cluster import faithful, never_fails
+from transload.control.router import LocalPrefill, Policy
+from transload.runtime.cluster import faithful
 from transload.runtime.flows import Port, Wire
 
 HOUR = 3600.0
 PATIENCE = 600.0
+FAULTS = ("drop", "repeat", "delay", "change")
 """Deadline of a request that nobody is in a hurry for: reaching it means that something has hung."""
 
 
 class FaultyWires:
-    """Drops, repeats, delays (so reorders) and changes frames, at rates drawn from the seed."""
+    """Drops, repeats, delays (so reorders) and changes frames, each at its rate."""
 
-    def __init__(self, random: Random, *, one_sided: bool) -> None:
+    def __init__(self, random: Random, rates: Mapping[str, float], *, one_sided: bool) -> None:
         self.random = random
         self.one_sided = one_sided
-        self.rates = {name: random.choice((0.0, 0.0, 0.02, 0.2)) for name in ("drop", "repeat", "delay", "change")}
+        self.rates = rates
 
     def happens(self, fault: str) -> bool:
         return self.random.random() < self.rates[fault]
@@ -48,11 +53,11 @@ class FaultyWires:
 class UnevenCost:
     """Links, steps and messages that are fast or slow by turns, so that anything may overtake anything it may."""
 
-    def __init__(self, random: Random) -> None:
+    def __init__(self, random: Random, schedule: Schedule) -> None:
         self.random = random
-        self.step_floor_seconds = random.choice((0.008, 0.008, 0.1, 0.4))
-        self.link_bytes_per_second = random.choice((5e9, 1e6, 2e5))
-        self.longest_message_seconds = random.choice((1e-4, 0.01, 0.1))
+        self.step_floor_seconds = schedule.step_floor_seconds
+        self.link_bytes_per_second = schedule.link_bytes_per_second
+        self.longest_message_seconds = schedule.longest_message_seconds
 
     def step_seconds(self, _worker: WorkerId, chunks: Sequence[Chunk]) -> float:
         return self.step_floor_seconds + 0.0007 * sum(chunk.num_tokens for chunk in chunks)
@@ -71,101 +76,234 @@ class UnevenCost:
 
 
 class FaultySteps:
-    """Steps that fail, at a rate drawn from the seed."""
+    """Steps that fail, at a rate."""
 
-    def __init__(self, random: Random) -> None:
+    def __init__(self, random: Random, rate: float) -> None:
         self.random = random
-        self.rate = random.choice((0.0, 0.0, 0.0, 0.01, 0.05))
+        self.rate = rate
 
     def __call__(self, worker: WorkerId, step: RunStep) -> str | None:
         return "out of memory" if self.random.random() < self.rate else None
 
 
-def build(random: Random, *, faults: bool = True) -> tuple[World, list[WorkerId]]:
-    """A cluster drawn from the seed, and the names of its workers."""
-    workers = random.choice(("p0 d0", "p0 p1 d0", "p0 d0 d1", "p0 p1 d0 d1", "a0 p0 d0", "a0 a1"))
-    one_sided = random.random() < 0.7
-    max_batch = random.choice((2, 8))
-    world = World(
-        workers,
-        num_blocks=random.choice((12, 20, 40, 200)),
-        step_tokens=random.choice((4, 16, 64)),
-        layers_per_frame=random.choice((1, 2, 4)),
-        max_batch=max_batch,
-        one_sided=one_sided,
-        staged=random.random() < 0.4,
-        cost=UnevenCost(random),
-        frame_fault=FaultyWires(random, one_sided=one_sided) if faults else faithful,
-        step_fault=FaultySteps(random) if faults else never_fails,
-        controller=ControllerConfig(
-            local_prefill=random.choice(("auto", "fallback", "always", "fallback")),
-            policy=random.choice(("estimate", "round_robin", "least_loaded")),
-            max_waiting=random.choice((2, 100)),
-        ),
+Event = Literal["kill", "pause", "hang", "lose", "clock"]
+
+
+class Ask(msgspec.Struct, frozen=True, kw_only=True):
+    """A request, and when its caller goes away if it does."""
+
+    at_seconds: float
+    prompt: tuple[int, ...]
+    max_tokens: int
+    deadline_seconds: float = PATIENCE
+    stops_at: int | None = None
+    min_tokens: int = 0
+    cancel_after_seconds: float | None = None
+
+
+class Disturbance(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that happens to a worker. `seconds`: how long it lasts, or how far its clock jumps."""
+
+    event: Event
+    at_seconds: float
+    worker: str
+    seconds: float = 0.0
+
+
+class Schedule(msgspec.Struct, frozen=True, kw_only=True):
+    """All of a run as data, so that it replays exactly and parts can be left out of it."""
+
+    seed: int
+    """Of what happens to single frames, steps and messages."""
+    workers: str
+    one_sided: bool
+    staged: bool
+    max_batch: int
+    num_blocks: int
+    step_tokens: int
+    layers_per_frame: int
+    local_prefill: LocalPrefill
+    policy: Policy
+    max_waiting: int
+    expected_outputs: float
+    step_floor_seconds: float
+    link_bytes_per_second: float
+    longest_message_seconds: float
+    frame_rates: dict[str, float]
+    step_failure_rate: float
+    asks: tuple[Ask, ...]
+    disturbances: tuple[Disturbance, ...] = ()
+
+
+def draw_rates(random: Random) -> dict[str, float]:
+    """How often each fault befalls a frame."""
+    return {name: random.choice((0.0, 0.0, 0.02, 0.2)) for name in FAULTS}
+
+
+def draw(seed: int) -> Schedule:
+    """The schedule of this seed."""
+    random = Random(seed)
+    cluster = _draw_cluster(random)
+    rates = draw_rates(random)
+    step_failure_rate = random.choice((0.0, 0.0, 0.0, 0.01, 0.05))
+    asks = _draw_asks(random)
+    disturbances = tuple(_draw_disturbance(random, cluster["workers"]) for _ in range(random.choice((0, 0, 1, 3))))
+    return Schedule(
+        seed=seed,
+        **cluster,
+        frame_rates=rates,
+        step_failure_rate=step_failure_rate,
+        asks=asks,
+        disturbances=disturbances,
     )
-    # little expected lets more in than there is room for, so that some are preempted
-    world.runtime.controller._admission.expected_outputs = random.choice((128.0, 1.0))
-    return world, [WorkerId(name) for name in workers.split()]
 
 
-def load(world: World, random: Random) -> None:
+def draw_calm(seed: int) -> Schedule:
+    """The same clusters and as much load, and nothing goes wrong."""
+    random = Random(seed)
+    cluster = _draw_cluster(random)
+    asks = tuple(
+        Ask(
+            at_seconds=1 + number * random.choice((0.0, 0.01)),
+            prompt=(random.randint(0, 3), *range(random.randint(0, 28))),
+            max_tokens=random.randint(1, 12),
+            deadline_seconds=10 * PATIENCE,
+        )
+        for number in range(random.randint(1, 30))
+    )
+    return Schedule(
+        seed=seed, **cluster, frame_rates=dict.fromkeys(FAULTS, 0.0), step_failure_rate=0.0, asks=asks
+    )  # fmt: skip
+
+
+def _draw_cluster(random: Random) -> dict[str, Any]:
+    return {
+        "workers": random.choice(("p0 d0", "p0 p1 d0", "p0 d0 d1", "p0 p1 d0 d1", "a0 p0 d0", "a0 a1")),
+        "one_sided": random.random() < 0.7,
+        "staged": random.random() < 0.4,
+        "max_batch": random.choice((2, 8)),
+        "num_blocks": random.choice((12, 20, 40, 200)),
+        "step_tokens": random.choice((4, 16, 64)),
+        "layers_per_frame": random.choice((1, 2, 4)),
+        "local_prefill": random.choice(("auto", "fallback", "always", "fallback")),
+        "policy": random.choice(("estimate", "round_robin", "least_loaded")),
+        "max_waiting": random.choice((2, 100)),
+        # little expected lets more in than there is room for, so that some are preempted
+        "expected_outputs": random.choice((128.0, 1.0)),
+        "step_floor_seconds": random.choice((0.008, 0.008, 0.1, 0.4)),
+        "link_bytes_per_second": random.choice((5e9, 1e6, 2e5)),
+        "longest_message_seconds": random.choice((1e-4, 0.01, 0.1)),
+    }
+
+
+def _draw_asks(random: Random) -> tuple[Ask, ...]:
     """Requests that share prefixes, alone or in a burst; some stop early, are in a hurry, or go away."""
     window = random.choice((0.0, 0.2, 2.0))
     longest_prompt, longest_text = random.choice(((40, 20), (40, 20), (10, 30)))
+    asks = []
     for _ in range(random.randint(1, 14)):
-        prompt = [random.randint(0, 3), *range(random.randint(0, longest_prompt))]
         max_tokens = random.randint(1, longest_text)
-        stops_at = random.randrange(max_tokens) if random.random() < 0.3 else None
-        at_seconds = 1 + random.random() * window
-        request = world.ask(
-            at_seconds,
-            prompt,
-            max_tokens,
-            random.choice((3.0, PATIENCE)),
-            stops_at=stops_at,
-            min_tokens=random.choice((0, 0, 5)),
+        asks.append(
+            Ask(
+                at_seconds=1 + random.random() * window,
+                prompt=(random.randint(0, 3), *range(random.randint(0, longest_prompt))),
+                max_tokens=max_tokens,
+                deadline_seconds=random.choice((3.0, PATIENCE)),
+                stops_at=random.randrange(max_tokens) if random.random() < 0.3 else None,
+                min_tokens=random.choice((0, 0, 5)),
+                cancel_after_seconds=(
+                    random.random() * random.choice((0.1, 0.5, 2.0)) if random.random() < 0.2 else None
+                ),
+            )
         )
-        if random.random() < 0.2:
-            world.runtime.cancel(at_seconds + random.random() * random.choice((0.1, 0.5, 2.0)), request)
+    return tuple(asks)
 
 
-def disturb(world: World, workers: list[WorkerId], random: Random) -> None:
+def _draw_disturbance(random: Random, workers: str) -> Disturbance:
+    event: Event = random.choice(("kill", "kill", "pause", "hang", "lose", "clock"))
+    seconds = {
+        "kill": (0.0,),
+        "pause": (0.05, 0.5, 2.0),
+        "hang": (HOUR,),
+        "lose": (0.0, 0.01, 0.3, 1.0),
+        "clock": (-HOUR, HOUR),
+    }[event]
+    return Disturbance(
+        event=event,
+        at_seconds=1 + random.random() * 2,
+        worker=random.choice(workers.split()),
+        seconds=random.choice(seconds),
+    )
+
+
+def build(schedule: Schedule) -> World:
+    """The cluster of a schedule, its load and what will happen to it."""
+    disturbed = any(schedule.frame_rates.values())
+    random = Random(f"{schedule.seed} frames")
+    world = World(
+        schedule.workers,
+        num_blocks=schedule.num_blocks,
+        step_tokens=schedule.step_tokens,
+        layers_per_frame=schedule.layers_per_frame,
+        max_batch=schedule.max_batch,
+        one_sided=schedule.one_sided,
+        staged=schedule.staged,
+        cost=UnevenCost(Random(f"{schedule.seed} messages"), schedule),
+        frame_fault=FaultyWires(random, schedule.frame_rates, one_sided=schedule.one_sided) if disturbed else faithful,
+        step_fault=FaultySteps(Random(f"{schedule.seed} steps"), schedule.step_failure_rate),
+        controller=ControllerConfig(
+            local_prefill=schedule.local_prefill, policy=schedule.policy, max_waiting=schedule.max_waiting
+        ),
+    )
+    world.runtime.controller._admission.expected_outputs = schedule.expected_outputs
+    for ask in schedule.asks:
+        request = world.ask(
+            ask.at_seconds,
+            list(ask.prompt),
+            ask.max_tokens,
+            ask.deadline_seconds,
+            stops_at=ask.stops_at,
+            min_tokens=ask.min_tokens,
+        )
+        if ask.cancel_after_seconds is not None:
+            world.runtime.cancel(ask.at_seconds + ask.cancel_after_seconds, request)
+    for disturbance in schedule.disturbances:
+        _disturb(world, disturbance)
+    return world
+
+
+def _disturb(world: World, disturbance: Disturbance) -> None:
     """Workers die, stand still, lose their connection or the time."""
-    for _ in range(random.choice((0, 0, 1, 3))):
-        at_seconds, worker = 1 + random.random() * 2, random.choice(workers)
-        match random.choice(("kill", "kill", "pause", "hang", "lose", "clock")):
-            case "kill":
-                world.runtime.kill(at_seconds, worker)
-            case "pause":
-                world.runtime.pause(at_seconds, worker, random.choice((0.05, 0.5, 2.0)))
-            case "hang":
-                world.runtime.pause(at_seconds, worker, HOUR)
-                world.runtime.kill(at_seconds + 1.5, worker)
-            case "lose":
-                world.runtime.lose(at_seconds, worker, random.choice((0.0, 0.01, 0.3, 1.0)))
-            case "clock":
-                world.runtime.shift_clock(at_seconds, worker, random.choice((-HOUR, HOUR)))
+    runtime, at_seconds, worker = world.runtime, disturbance.at_seconds, WorkerId(disturbance.worker)
+    match disturbance.event:
+        case "kill":
+            runtime.kill(at_seconds, worker)
+        case "pause":
+            runtime.pause(at_seconds, worker, disturbance.seconds)
+        case "hang":
+            runtime.pause(at_seconds, worker, disturbance.seconds)
+            runtime.kill(at_seconds + 1.5, worker)
+        case "lose":
+            runtime.lose(at_seconds, worker, disturbance.seconds)
+        case "clock":
+            runtime.shift_clock(at_seconds, worker, disturbance.seconds)
+
+
+def run(schedule: Schedule) -> World:
+    """Play a schedule to its end; the world asserts on the way."""
+    world = build(schedule)
+    world.run()
+    return world
 
 
 def play(seed: int) -> World:
-    """Run the schedule of this seed to its end; the world asserts on the way."""
-    random = Random(seed)
-    world, workers = build(random)
-    load(world, random)
-    disturb(world, workers, random)
-    world.run()
-    return world
+    """The schedule of this seed."""
+    return run(draw(seed))
 
 
 def play_calm(seed: int) -> World:
-    """The same clusters and as much load, and nothing goes wrong."""
-    random = Random(seed)
-    world, _ = build(random, faults=False)
-    for number in range(random.randint(1, 30)):
-        prompt = [random.randint(0, 3), *range(random.randint(0, 28))]
-        world.ask(1 + number * random.choice((0.0, 0.01)), prompt, random.randint(1, 12), 10 * PATIENCE)
-    world.run()
-    return world
+    """The calm schedule of this seed."""
+    return run(draw_calm(seed))
 
 
 def judge_calm(world: World) -> None:

@@ -111,6 +111,7 @@ class World:
         )
         self._emitted: set[tuple[RequestId, int, int]] = set()
         self._check = check
+        self._last: WorkerId | None = None
         self._watch = watch
         specs = [
             VirtualWorker(
@@ -202,12 +203,15 @@ class World:
                 self._emitted.add(name)
         if self._watch is not None:
             self._watch(now, who, event)
-        if self._check:
-            self.check_machines()
+        if self._check:  # what the event before has done; it can have changed the insides of one machine only
+            self.check_machines(self._last)
+        self._last = who
 
-    def check_machines(self) -> None:
-        for worker in self.runtime.workers.values():
-            worker.engine.check()
+    def check_machines(self, changed: WorkerId | None = None) -> None:
+        """Every invariant; of the insides of workers only of the one that `changed`, if it is named."""
+        for name, worker in self.runtime.workers.items():
+            if changed is None or name == changed:
+                worker.engine.check()
         self.contents.check(self.runtime.workers, self.runtime.links)
         check_ownership(self.runtime)
         check_links(self.runtime)

@@ -3,19 +3,45 @@ right text or a typed error, and nothing is left behind."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+from collections.abc import Iterator
+from multiprocessing.pool import Pool
+
 import msgspec
 import pytest
 
-from tests.schedules import judge, judge_calm, play, play_calm
+from tests.schedules import draw, judge, judge_calm, play, play_calm
+from tests.shrink import failure_of, shrink, story
 from tests.world import World
 from transload.control.messages import Frame, KvData, KvDone, KvReady, WorkerId
 
-SCHEDULES = 400
-CALM_SCHEDULES = 60
+SCHEDULES = 10_000
+CALM_SCHEDULES = 200
+BATCH = 500
 
 
-@pytest.mark.parametrize("seed", range(SCHEDULES))
-def test_every_request_ends_once_and_nothing_is_left_behind(seed: int) -> None:
+def failures_among(seeds: range) -> list[str]:
+    """What goes wrong with these seeds, each as a short story."""
+    return [f"{failure}\n{story(shrink(draw(seed)))}" for seed in seeds if (failure := failure_of(draw(seed)))]
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Pool]:
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        yield pool
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_request_ends_once_and_nothing_is_left_behind(processes: Pool) -> None:
+    batches = [range(first, first + BATCH) for first in range(0, SCHEDULES, BATCH)]
+    found = [story for stories in processes.imap_unordered(failures_among, batches) for story in stories]
+    assert not found, "\n\n".join(found)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_the_first_schedules_one_by_one(seed: int) -> None:
     judge(play(seed))
 
 

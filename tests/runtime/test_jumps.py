@@ -9,7 +9,7 @@ from random import Random
 import msgspec
 import pytest
 
-from tests.schedules import FaultyWires
+from tests.schedules import FaultyWires, draw_rates
 from tests.world import ROLES, expected_token
 from transload.control.controller import ControllerConfig
 from transload.control.engine import EngineConfig
@@ -137,7 +137,9 @@ def play(seed: int, *, jumps: bool) -> Everything:
         ),
         seen,
         draw_token=expected_token,
-        frame_fault=FaultyWires(random, one_sided=one_sided) if random.random() < 0.5 else faithful,
+        frame_fault=(
+            FaultyWires(random, draw_rates(random), one_sided=one_sided) if random.random() < 0.5 else faithful
+        ),
         observe=seen.observe,
         jumps=jumps,
     )

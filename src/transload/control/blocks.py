@@ -159,9 +159,11 @@ class BlockPool:
                 held[block] += 1
         assert held == self._references, "a reference without a holder, or a holder without a reference"
         quarantined = [block for blocks in self._quarantined.values() for block in blocks]
-        referenced = [block for block, count in enumerate(held) if count]
-        everything = sorted([*self._free, *self._cached, *quarantined, *referenced])
-        assert everything == list(range(self.num_blocks)), "a block is in two states, or in none"
+        idle = [*self._free, *self._cached, *quarantined]
+        num_referenced = self.num_blocks - held.count(0)
+        assert not any(map(held.__getitem__, idle)), "a block is held, and free or cached or quarantined"
+        assert len(set(idle)) == len(idle) == self.num_blocks - num_referenced, "a block is in two states, or in none"
         assert self._num_quarantined == len(quarantined)
-        assert all(self._keys[block] is None for block in (*self._free, *quarantined))
-        assert {key: block for block, key in enumerate(self._keys) if key is not None} == self._by_key
+        assert not any(map(self._keys.__getitem__, (*self._free, *quarantined)))
+        assert len(self._by_key) == self.num_blocks - self._keys.count(None)
+        assert all(self._keys[block] == key for key, block in self._by_key.items())
