@@ -122,7 +122,39 @@ def torture(result: dict[str, Any]) -> str:
     return text + table(["what", "count"], rows) + origin(result)
 
 
+def validation(result: dict[str, Any]) -> str:
+    rows: list[list[object]] = []
+    for comparison in result["comparisons"]:
+        for figure in comparison["figures"]:
+            if not figure["within"]:
+                continue
+            error = figure["simulated"] / figure["measured"] - 1
+            unit = 1e3 if figure["unit"] == "s" else 1
+            name = f"{figure['name']}, ms" if figure["unit"] == "s" else figure["name"]
+            rows.append(
+                [
+                    comparison["deployment"],
+                    f"{comparison['load']} ({comparison['requests_per_second']:.2f}/s)",
+                    name,
+                    f"{figure['measured'] * unit:.4g}",
+                    f"{figure['simulated'] * unit:.4g}",
+                    f"{error:+.1%}",
+                    "yes" if abs(error) <= figure["within"] else "no",
+                ]
+            )
+    chip = result["chip"]
+    text = (
+        "\n## Real against virtual\n\n`transload validate`: the same deployments and loads on this machine and in "
+        f"virtual time (*simulated*, from what `transload calibrate` measured of it on {chip['date']}: "
+        f"{chip['model']}, {chip['dtype']}, {chip['threads']} thread(s)). Wanted: medians and throughput within 10 %, "
+        "p90 within 20 %.\n\n"
+    )
+    columns = ["deployment", "load", "figure", "measured", "simulated", "error", "within"]
+    return text + table(columns, rows) + origin(result)
+
+
 SECTIONS = {
+    "validation.json": validation,
     "engine.json": engine,
     "interference.json": interference,
     "handoff.json": handoff,

@@ -47,7 +47,7 @@ def serve_orders(orders: TextIO, answers: TextIO) -> int:
     plan = msgspec.json.decode(orders.readline(), type=WorkerPlan)
     if plan.cores:
         os.sched_setaffinity(0, plan.cores)
-    executor, _, _ = build_executor(plan)
+    executor, _memory, _ = build_executor(plan)
     _say(answers, Answer(load_seconds=time.monotonic() - began))
     for line in orders:
         try:

@@ -101,9 +101,15 @@ def _decode_point(requests: int, by_context: Mapping[int, float]) -> DecodePoint
 
 
 def step_error(found: Fit, times: Mapping[StepOrder, float]) -> float:
-    """Median relative error at the points it was made from."""
+    """Median relative error at the points that the form does not go through by its making: later chunks and mixtures.
+    0 if there are none."""
     cost = MeasuredStepCost(_section(found.prefill, found.prefill_context_seconds, found.decode, found.mixed_share))
-    return median(abs(cost.step_seconds(shape_of(order)) / seconds - 1) for order, seconds in times.items())
+    errors = [
+        abs(cost.step_seconds(shape_of(order)) / seconds - 1)
+        for order, seconds in times.items()
+        if order.prefill and (order.decode or order.prefill[0][0])
+    ]
+    return median(errors) if errors else 0.0
 
 
 def shape_of(order: StepOrder) -> StepShape:

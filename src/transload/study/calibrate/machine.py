@@ -89,7 +89,11 @@ def calibrate_machine(deployment: Deployment, effort: Effort, say: Say, *, comma
 
 def _representatives(placement: Placement) -> list[WorkerPlan]:
     """One worker, and if there is one another that computes on the same machine at the same time."""
-    here = [plan for plan in placement.workers if plan.starts_here and plan.role != "ffn"]
+    here = [
+        msgspec.structs.replace(plan, hop=None)  # steps are measured whole
+        for plan in placement.workers
+        if plan.starts_here and plan.role != "ffn"
+    ]
     if not here:
         raise DeploymentError("no worker of this deployment starts here; there is nothing to measure")
     decoding = next((plan for plan in here if plan.role != "prefill"), here[0])
