@@ -26,6 +26,7 @@ def benchmark_docs() -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_machine_is_measured_and_compared_with_its_simulation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
