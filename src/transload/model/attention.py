@@ -20,7 +20,6 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch.nn import functional
-from torch.nn.attention.bias import causal_lower_right
 
 from transload.model.kv_cache import IntArray, KvCache
 
@@ -220,6 +219,8 @@ class FlashPrompt:
 
     def attend(self, q_THD: torch.Tensor, pieces: torch.Tensor, sinks_H: torch.Tensor | None) -> torch.Tensor:
         """Rows [T, H, D] of queries to rows [T, H * D]."""
+        from torch.nn.attention.bias import causal_lower_right  # brings torch's compiler: half of a worker's start
+
         assert sinks_H is None, "the fused kernel knows no sinks"
         heads, gather = self._heads, self._gather
         gather.load(pieces)
