@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
     if not Path(args.output).absolute().parent.is_dir():
         raise DeploymentError(f"-o {args.output}: its folder does not exist; make it first")
     from transload.study.calibrate.chip_file import write_chip_file
-    from transload.study.calibrate.machine import Effort, calibrate_machine
+    from transload.study.calibrate.effort import Effort
+    from transload.study.calibrate.machine import calibrate_machine
 
     effort = Effort(quick=args.quick)
     command = " ".join(["transload", *without_secrets(sys.argv)[1:]])

@@ -12,7 +12,7 @@ from statistics import median
 from transload import __version__
 from transload.errors import TransloadError
 from transload.hardware.measured import DecodePoint, MeasuredSteps, PrefillPoint
-from transload.study.calibrate.machine import Effort, Say
+from transload.study.calibrate.effort import Effort, Say
 from transload.study.calibrate.server import Played, play
 from transload.study.metrics import tpot_seconds, ttft_seconds
 from transload.study.workload import ClosedLoop, Fixed, Synthetic, synthetic

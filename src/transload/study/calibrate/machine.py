@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -20,6 +20,8 @@ from transload.hardware.cost.measured import MeasuredStepCost
 from transload.hardware.measured import Interference, MeasuredSteps
 from transload.model.source import ModelFiles, locate
 from transload.study.calibrate import fit as fitting
+from transload.study.calibrate.effort import Effort, Say
+from transload.study.calibrate.endpoint import calibrate_endpoint
 from transload.study.calibrate.probes import Probe, StepOrder, measure_together, probes
 from transload.study.calibrate.server import Played, ServerProcess, new_folder, play
 from transload.study.calibrate.serving import front_end_cpu, observe_serving
@@ -28,28 +30,6 @@ from transload.study.provenance import machine_facts
 from transload.study.timeline import read_timeline
 from transload.study.workload import ClosedLoop, Fixed, Synthetic, synthetic
 from transload.transfer.layout import kv_layout
-
-Say = Callable[[str], None]
-TOGETHER_SECONDS = 4.0
-
-
-class Effort(msgspec.Struct, frozen=True, kw_only=True):
-    """How much is measured."""
-
-    quick: bool = False
-    """A fraction of the points: to see that it runs, not to believe it."""
-
-    @property
-    def single_requests(self) -> int:
-        return 2 if self.quick else 12
-
-    @property
-    def loop_requests(self) -> int:
-        return 2 if self.quick else 24
-
-    @property
-    def together_seconds(self) -> float:
-        return 0.5 if self.quick else TOGETHER_SECONDS
 
 
 def calibrate_machine(deployment: Deployment, effort: Effort, say: Say, *, command: str) -> MeasuredSteps:
@@ -60,6 +40,8 @@ def calibrate_machine(deployment: Deployment, effort: Effort, say: Say, *, comma
     files = locate(deployment.model)
     placement = place(deployment, read_machine(), files.arch)
     plans = _representatives(placement)
+    if any(plan.hop is not None for plan in placement.workers):
+        return _from_outside(deployment, plans[0], files, effort, say, command=command)
     say(f"measuring steps of {plans[0].name}: {files.name}, {plans[0].dtype}, {plans[0].threads} thread(s)")
     with probes(plans) as running:
         times = _measure_steps(running[0], effort, say)
@@ -89,16 +71,32 @@ def calibrate_machine(deployment: Deployment, effort: Effort, say: Say, *, comma
 
 def _representatives(placement: Placement) -> list[WorkerPlan]:
     """One worker, and if there is one another that computes on the same machine at the same time."""
-    here = [
-        msgspec.structs.replace(plan, hop=None)  # steps are measured whole
-        for plan in placement.workers
-        if plan.starts_here and plan.role != "ffn"
-    ]
+    here = [plan for plan in placement.workers if plan.starts_here and plan.role != "ffn"]
     if not here:
         raise DeploymentError("no worker of this deployment starts here; there is nothing to measure")
     decoding = next((plan for plan in here if plan.role != "prefill"), here[0])
     other = next((plan for plan in here if plan is not decoding), None)
     return [decoding] if other is None else [decoding, other]
+
+
+def _from_outside(
+    deployment: Deployment, plan: WorkerPlan, files: ModelFiles, effort: Effort, say: Say, *, command: str
+) -> MeasuredSteps:
+    """Steps that are split between processes are measured where they run: on a server, by what its users feel."""
+    say("feed-forwards are computed elsewhere: measuring a server of this deployment from outside")
+    with new_folder() as name, ServerProcess(deployment, Path(name)) as server:
+        felt = calibrate_endpoint(server.url, effort, say, command=command, api_key=None)
+    return msgspec.structs.replace(
+        felt,
+        model=files.name,
+        dtype=plan.dtype,
+        threads=plan.threads,
+        machine=_machine_words(),
+        by=f"transload {__version__}: {command}",
+        num_cores=machine_facts().num_cores,
+        kv_tokens=plan.num_blocks * plan.block_size,
+        kv_bytes_per_token=_kv_bytes_per_token(files, plan),
+    )
 
 
 def _kv_bytes_per_token(files: ModelFiles, plan: WorkerPlan) -> int:

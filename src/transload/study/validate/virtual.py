@@ -38,8 +38,7 @@ def measured_of(chip_path: str) -> MeasuredSteps:
 def play_virtual(deployment: Deployment, chip_path: str, workload: Workload) -> VirtualRun:
     """All workers on one machine, which is the measured one."""
     measured = measured_of(chip_path)
-    pools = tuple(msgspec.structs.replace(pool, chip=chip_path) for pool in deployment.pools)
-    cluster = plan_cluster(msgspec.structs.replace(deployment, pools=pools))
+    cluster = plan_cluster(_on_chip(deployment, chip_path))
     workers = [name for pool in cluster.pools for name in pool.worker_names]
     cost = SharedMachineCost(ClusterCost(cluster), measured, workers)
     simulation = Simulation(cluster, workload, cost, seed=deployment.seed, jumps=False, with_records=True)
@@ -53,6 +52,16 @@ def play_virtual(deployment: Deployment, chip_path: str, workload: Workload) -> 
         summary=summarize(records, Targets()),
         stage_seconds={name: seconds / count for name, seconds in recorder.stage_seconds.items()},
     )
+
+
+def _on_chip(deployment: Deployment, chip_path: str) -> Deployment:
+    """Workers whose feed-forwards are elsewhere were measured with them: to the simulation they are one worker."""
+    pools = tuple(
+        msgspec.structs.replace(pool, chip=chip_path, ffn=None) for pool in deployment.pools if pool.role != "ffn"
+    )
+    names = {pool.name for pool in pools}
+    links = tuple(link for link in deployment.links if names.issuperset(link.between))
+    return msgspec.structs.replace(deployment, pools=pools, links=links)
 
 
 def capacity(deployment: Deployment, chip_path: str, num_input: int, num_output: int) -> float:
