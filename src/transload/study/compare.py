@@ -56,6 +56,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """Of activations, both ways, all layers; 0 without an FFN pool."""
     exposed_seconds: float
     """Mean over requests: the prompt was computed and decode still waited for its KV."""
+    exposed_seconds_per_step: float
+    """Mean over steps with feed-forwards elsewhere: what they would be shorter by if nothing had to cross."""
     ttft: Latency | None
     tpot: Latency | None
     requests_per_second: float
@@ -66,6 +68,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """Times the workload's own rate: the highest at which it keeps its targets. None: it was not looked for."""
     usd_per_million_tokens: Price
     kwh_per_million_tokens: Price
+    mean_watts: float | None
     good_requests_per_usd: float | None
     bottleneck: str
     drawback: str
@@ -122,6 +125,7 @@ def row_of(deployment: Deployment, result: Result, *, load_factor: float | None 
         bytes_per_request=sum(link.num_bytes for link in kv) / num_requests,
         bytes_per_token=_activation_bytes(fleet, deployment),
         exposed_seconds=sum(link.exposed_seconds for link in kv) / num_requests,
+        exposed_seconds_per_step=_exposed_a_step(result),
         ttft=_latency(summary.ttft_seconds, result.ttft_interval),
         tpot=_latency(summary.tpot_seconds, result.tpot_interval),
         requests_per_second=summary.requests_per_second,
@@ -131,6 +135,7 @@ def row_of(deployment: Deployment, result: Result, *, load_factor: float | None 
         load_factor=load_factor,
         usd_per_million_tokens=_usd(fleet, result),
         kwh_per_million_tokens=_kwh(fleet, result),
+        mean_watts=None if result.cost is None else result.cost.mean_watts,
         good_requests_per_usd=None if not usd_per_hour else good * 3600 / usd_per_hour,
         bottleneck=result.bottleneck,
         drawback="; ".join(drawbacks_of(deployment, result, fleet)),
@@ -178,6 +183,13 @@ def _activation_bytes(fleet: Fleet, deployment: Deployment) -> float:
     """Out in 8 bits and back in 16, every layer (the counting of hardware/afd)."""
     split = any(pool.ffn is not None for pool in deployment.pools)
     return 3.0 * fleet.card.hidden_size * fleet.card.num_layers if split else 0.0
+
+
+def _exposed_a_step(result: Result) -> float:
+    hops = [link for link in result.links if link.crosses == "activations"]
+    sources = {link.source for link in hops}
+    num_steps = sum(pool.num_steps for pool in result.pools if pool.name in sources)
+    return sum(link.exposed_seconds for link in hops) / num_steps if num_steps else 0.0
 
 
 def _latency(of: Distribution | None, interval: Interval | None) -> Latency | None:

@@ -23,6 +23,7 @@ LINES: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("KV a request", lambda row: _bytes(row.bytes_per_request)),
     ("activations a token", lambda row: _bytes(row.bytes_per_token)),
     ("exposed a request", lambda row: format_seconds(row.exposed_seconds) if row.bytes_per_request else NOTHING),
+    ("exposed a step", lambda row: format_seconds(row.exposed_seconds_per_step) if row.bytes_per_token else NOTHING),
     ("TTFT p50", lambda row: _latency(row.ttft, lambda latency: latency.p50_seconds)),
     ("TTFT p95", lambda row: _latency(row.ttft, lambda latency: latency.p95_seconds)),
     ("TPOT p50", lambda row: _latency(row.tpot, lambda latency: latency.p50_seconds)),
@@ -31,6 +32,7 @@ LINES: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("highest load", lambda row: NOTHING if row.load_factor is None else f"{row.load_factor:.3g} x"),
     ("$/M output tokens", lambda row: _price(row.usd_per_million_tokens)),
     ("kWh/M output tokens", lambda row: _price(row.kwh_per_million_tokens)),
+    ("mean power", lambda row: NOTHING if row.mean_watts is None else f"{row.mean_watts / 1e3:,.1f} kW"),
     ("good requests/$", lambda row: _count(row.good_requests_per_usd)),
     ("bottleneck", lambda row: row.bottleneck or NOTHING),
     ("drawback", lambda row: row.drawback),
@@ -88,6 +90,7 @@ def _numbers(row: Row) -> dict[str, object]:
         "bytes_per_request": row.bytes_per_request,
         "bytes_per_token": row.bytes_per_token,
         "exposed_seconds": row.exposed_seconds,
+        "exposed_seconds_per_step": row.exposed_seconds_per_step,
         "ttft_p50_seconds": ttft and ttft.p50_seconds,
         "ttft_p95_seconds": ttft and ttft.p95_seconds,
         "ttft_low": ttft and ttft.low,
@@ -104,6 +107,7 @@ def _numbers(row: Row) -> dict[str, object]:
         "usd_basis": row.usd_per_million_tokens.basis,
         "kwh_per_million_tokens": row.kwh_per_million_tokens.value,
         "kwh_basis": row.kwh_per_million_tokens.basis,
+        "mean_watts": row.mean_watts,
         "good_requests_per_usd": row.good_requests_per_usd,
     }
 

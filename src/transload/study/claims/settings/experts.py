@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
-from transload.hardware.cost.shape import StepShape
 from transload.hardware.cost.worker import WorkerCost
 from transload.study.claims.setting import Answer
 from transload.study.claims.settings.workers import (
@@ -132,13 +132,12 @@ def vllm_wide() -> Answer:
 
 
 def steady_step(cost: WorkerCost, batch: int, inputs: int, outputs: int) -> float:
-    """Seconds of a step of an aggregated worker in its steady state: every request in the batch gets a token, and as
-    many prompt tokens are prefilled as requests come in."""
-    fed = batch * inputs / outputs
-    whole, rest = divmod(round(fed), 2048)
-    chunks = [(inputs // 2, 2048)] * whole + ([(inputs // 2, rest)] if rest else [])
-    context = batch * (inputs + outputs // 2)
-    return cost.step_seconds(StepShape(prefill=tuple(chunks), num_decode=batch, decode_context_tokens=context))
+    """Seconds from one token of a request to its next, on average, of an aggregated worker in its steady state: a
+    decode step, and its part of the prompts that come in meanwhile, each prefilled in steps of its own."""
+    decode = decode_seconds(cost, batch, inputs + outputs / 2)
+    together = min(cost.parallel.data_attention, max(1, batch // 4))
+    prompt = prefill_seconds(cost, [inputs] * together) / together
+    return decode + batch / outputs * prompt
 
 
 def aggregated_points(cost: WorkerCost, inputs: int, outputs: int) -> list[tuple[float, float]]:
@@ -167,8 +166,19 @@ def split_points(prefill: WorkerCost, decode: WorkerCost, inputs: int, outputs: 
 
 
 def best_at(speed: float, fronts: Sequence[Sequence[tuple[float, float]]]) -> float:
-    """Most tokens a second and chip at this speed a user or better; 0 where nothing is so fast."""
-    return max((rate for points in fronts for at, rate in points if at >= speed), default=0.0)
+    """Most tokens a second and chip at this speed a user, straight lines between batches; 0 where nothing is so
+    fast."""
+    return max((_at(speed, points) for points in fronts), default=0.0)
+
+
+def _at(speed: float, points: Sequence[tuple[float, float]]) -> float:
+    """One worker's throughput at a speed. Batches grow along `points`, so speeds fall."""
+    if not points or speed > points[0][0]:
+        return 0.0
+    for (fast, few), (slow, many) in pairwise(points):
+        if slow <= speed <= fast:
+            return few if fast == slow else few + (many - few) * (fast - speed) / (fast - slow)
+    return points[-1][1]
 
 
 def inferencex() -> Answer:
@@ -190,8 +200,8 @@ def inferencex() -> Answer:
     values["b200_cost"] = Simulated(value=hourly / 3600 / values["b200_23"].value * 1e6)
     return Answer(
         values=values,
-        basis="steady state of one node of 8, prompts fed into decode steps as they come; the best of TP8, TP8 with "
-        "EP8, and attention by data with EP8, no drafts",
+        basis="steady state of one node of 8: decode steps, and between them the prompts that come in; the best of "
+        "TP8, TP8 with EP8, and attention by data with EP8, no drafts",
         assumptions=assumptions_of(costs),
     )
 
@@ -215,8 +225,8 @@ def dynamo() -> Answer:
                 curve=Curve(along="tokens/s a user", points=points),
             )
         },
-        basis="steady states: TEP16 PP4 fed with prompts as they come, against EP4 context and EP64 generation workers "
-        f"in the best ratio, at every speed a user that the baseline reaches (up to {fastest:.0f} tokens/s)",
+        basis="steady states: TEP16 PP4 with prompts between its decode steps, against EP4 context and EP64 generation "
+        f"workers in the best ratio, at every speed a user that the baseline reaches (up to {fastest:.0f} tokens/s)",
         assumptions=assumptions_of([baseline, prefill, decode]),
     )
 
