@@ -63,6 +63,8 @@ def test_what_is_not_simulated_is_not_checkable_and_says_what_is_missing() -> No
 
 def test_what_does_not_follow_names_the_assumption_it_hangs_on() -> None:
     assert judge(figure(doubt="the batch"), simulated(100.0)).reason == "the batch"
+    assert judge(figure(doubt="the batch"), simulated(100.0), "the engine").reason == "the batch"
+    assert judge(figure(), simulated(100.0), "the engine").reason == "the engine"
     assert "above" in judge(figure(), simulated(100.0)).reason
     assert judge(figure(doubt="the batch"), simulated(10.0)).reason == ""
 

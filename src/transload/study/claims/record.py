@@ -63,6 +63,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """In our reading of it, not in what it says."""
     setup: dict[str, str | float]
     note: str = ""
+    doubt: str = ""
+    """What those figures hang on, if they do not follow, that say nothing of their own."""
     figures: Annotated[tuple[Figure, ...], Meta(min_length=1)]
 
     def __post_init__(self) -> None:

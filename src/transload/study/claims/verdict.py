@@ -95,7 +95,7 @@ def judge_record(
     """All figures of a record. Every one gets a verdict, whether simulated or not."""
     stray = set(simulated) - {figure.key for figure in record.figures}
     assert not stray, f"{record.id}: simulated what nobody claimed: {stray}"
-    figures = tuple(judge(figure, simulated.get(figure.key)) for figure in record.figures)
+    figures = tuple(judge(figure, simulated.get(figure.key), record.doubt) for figure in record.figures)
     verdicts = {figure.verdict for figure in figures}
     checked = verdicts - {"not checkable"}
     overall: Overall
@@ -119,8 +119,9 @@ def judge_record(
     )
 
 
-def judge(figure: Figure, simulated: Simulated | None) -> Judged:
-    """One figure. Nothing simulated, or no number claimed: not checkable, for the reason the record gives."""
+def judge(figure: Figure, simulated: Simulated | None, doubt: str = "") -> Judged:
+    """One figure. Nothing simulated, or no number claimed: not checkable, for the reason the record gives. `doubt`: the
+    record's, for a figure without its own."""
     blank = Judged(
         key=figure.key,
         metric=figure.metric,
@@ -140,7 +141,7 @@ def judge(figure: Figure, simulated: Simulated | None) -> Judged:
         blank,
         error=error,
         verdict="reproduced" if reproduced else "does not follow",
-        reason="" if reproduced else _reason(figure, error),
+        reason="" if reproduced else figure.doubt or doubt or _unexplained(error),
         holds_at=_holds_at(figure.value, simulated),
         inside_interval=_inside(figure, simulated),
     )
@@ -194,9 +195,7 @@ def _off(value: float, claimed: float) -> float:
     return (value - claimed) / (abs(claimed) or 1.0)
 
 
-def _reason(figure: Figure, error: float) -> str:
-    if figure.doubt:
-        return figure.doubt
+def _unexplained(error: float) -> str:
     return f"the model is {'above' if error > 0 else 'below'} it, and nothing in the setting explains that"
 
 
