@@ -68,7 +68,7 @@ def test_a_shipped_deployment_says_how_to_run_it(file: Path) -> None:
     assert f"#   transload {verb} deployments/{file.name}" in file.read_text()
 
 
-@pytest.mark.parametrize("file", [file for file in SIMULATED if file.stem != "rubin-lpx"], ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", SIMULATED, ids=lambda file: file.stem)
 def test_a_shipped_deployment_to_simulate_serves_a_short_workload_and_tells_its_assumptions(file: Path) -> None:
     deployment = load(file)
     result = simulate(deployment, synthetic(SHORT), name=file.stem)
