@@ -1,0 +1,369 @@
+"""Writes docs/afd.md and its figures from benchmarks/results/afd_study.json, so that no number in it is typed.
+
+A test compares them. The figures are SVG written by hand: lines, ticks and text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import textwrap
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "afd_study.json"
+TARGET = ROOT / "docs" / "afd.md"
+COLOURS = ("#1b6ca8", "#c0392b", "#2e8b57", "#8e44ad", "#d68910", "#555555")
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 360, 60, 40, 230, 50
+
+
+def table(columns: list[str], rows: list[list[object]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def wrapped(text: str) -> str:
+    """Paragraphs in lines of 120."""
+    paragraphs = text.strip().split("\n\n")
+    return "\n" + "\n\n".join(textwrap.fill(" ".join(each.split()), 120) for each in paragraphs) + "\n\n"
+
+
+def percent(share: float) -> str:
+    return f"{share:+.1%}".replace("%", " %")
+
+
+def tokens(count: int) -> str:
+    return f"{count // 1024}K" if count % 1024 == 0 else f"{count:,}"
+
+
+def gain(answer: dict[str, Any]) -> str:
+    if "refused" in answer:
+        return "does not fit"
+    if answer["gain"] is not None:
+        return f"{answer['gain']:.2f}"
+    if answer["split"] is None:
+        return "neither" if answer["unsplit"] is None else "no split"
+    return "split only"
+
+
+def split_of(answer: dict[str, Any]) -> str:
+    best = answer.get("split")
+    if not best:
+        return "-"
+    return f"{best['attention_chips']}:{best['ffn_chips']}, m = {best['micro_batches']}, batch {best['batch']}"
+
+
+HEAD = """# Attention here, feed-forward there: when it pays
+
+In every layer of every decode step the attention worker sends its activations to an FFN worker and takes the result
+back (*AFD*). The FFN's weights leave the attention side, so that it holds more requests; FFN workers merge the rows of
+many attention workers, so that they read their weights for more tokens. In return something crosses twice a layer.
+
+**Everything on this page is simulated** but what is marked measured, which others published. Made by
+`scripts/make_afd_docs.py` from `benchmarks/results/afd_study.json`, which `benchmarks/afd_study.py` prints (commit
+{commit}). Durations come from the cost model, which [accuracy](accuracy.md) compares with silicon. For a case of your
+own:
+
+    transload afd qwen3-235b --attention gb200 --link nvlink5 --latency 5us --context 16384 --weights fp8
+    transload simulate deployments/rubin-lpx.yaml --trace conversation
+
+## The pipeline
+
+m micro-batches of an attention worker take turns: while the FFN of one is away, the attention of another runs. With
+t_a and t_f the seconds of one micro-batch on either side, and round the seconds of one micro-batch through a layer and
+back when nothing else is on its way, a step of L layers takes
+
+    first layer + (the other micro-batches behind the first) + (L - 1) x max(round, m t_a, m t_f, m x each port)
+
+A port carries the bytes of all attention workers that its FFN worker serves. Results leave an FFN worker one after the
+other, so the next calls do not queue at its port a second time: of the two directions only one is paid in full.
+`hardware/afd/events.py` plays the same pipeline event by event and is the authority: over {pipelines} random pipelines
+(serial, m = 2 to 4, M:N, replicas, column and expert splits, unequal sides, slow and fast links) the two differ by
+{largest:.1e} at most (relative). A property test holds them within 2 %.
+"""
+
+FASTAFD = """
+FastAFD, GB200 NVL72, tokens per second and GPU over vLLM with DP4/EP4. *From shares*: the pipeline with the shares of
+an unsplit step that FastAFD measured (attention / dense / experts), its batch expansion of 1.5 and its ratio; the FFN
+hidden. *From catalog*: chips and model alone, nothing measured.
+"""
+SWEEP = """
+The ratio sweep of a contributor to FastAFD (GB200, Qwen3-235B FP8, one FFN tray of four GPUs): ms a token, measured /
+simulated from the catalog. The simulated step is off by {error} in the median. Best number of attention trays to one
+FFN tray, measured and simulated: {best}.
+"""
+ASCEND = """
+vLLM's afd-plugin on Ascend 910C, DeepSeek-V3.2 in 8 bits, tokens per second and die against EP64. Derived, not fitted:
+batches are what 64 GB a die hold before and after the experts leave; an unsplit step is batch / published rate; its two
+contexts say what a request costs; weights, FFN calls (experts balanced, as in the measurement), hops and bubbles are
+the cost model's.
+
+A split wins where M / (M + N) > 1 / x, x being the tokens a second of an attention die over those of an unsplit one. At
+48A16F M / (M + N) is 0.75, at 64A16F 0.80: whatever is assumed, the second is better, and 1 / x lies near the two. What
+decides the sign at 32K is how fast a die reads its 16 experts a layer, which nobody has published, so it is a row each.
+The published gap between the two ratios (17 and 21 % a die) is larger than 0.80 / 0.75 allows at equal batch and step:
+something else differed between the two runs that the model does not see.
+"""
+STEP3 = """
+Step-3's stage budget (3 stages, 3 micro-batches, 61 layers, 272 us a stage, 91 us out and 182 us home): the pipeline
+takes {step:.1f} ms a step where the report says 50, and {hops:.0f} us is the longest round trip that still hides
+(StepMesh's budget: 273). With the attention times of the report's table 9, {attention:.0f} us a layer, it gives
+{rate:,.0f} tokens per second and GPU (measured: {mean:,.0f} mean, {peak:,.0f} peak).
+"""
+CLUSTERS = """
+Tokens per second and chip of the best split over those of the best unsplit deployment (any tensor split to 16 chips or
+expert split to 64) on the same chips, FP8 weights, at most 50 ms a token. Latency one way is assumed: 5 us over NVLink,
+10 us over Ethernet or InfiniBand. A split pays (by more than 2 %) at {pays} of {points} points. These gains are mostly
+smaller than the cost model's own error for mixtures of experts, so read them as signs and orders, not as promises.
+"""
+WHY = """
+Below the break-even latency two or three micro-batches hide the hops; above it they show in every layer. Where experts
+are spread over a slow network, a split also saves their exchange, and gains more than on NVLink. Dense models gain
+little: their FFN is read once a step whatever the split, and merged rows soon make it wait for arithmetic. At short
+contexts attention is too little to hide an FFN behind it.
+"""
+RUBIN = """
+Attention on Rubin R200, FFN on Groq LP30: the article's fifth system. The bridge between the two is not published;
+**{bandwidth:g} GB/s a port and {latency:g} us one way are assumed** and swept below. Context 8K, FP8. The FFN side
+takes 512 LPUs for Qwen3-235B and 1,536 for DeepSeek-V3 (500 MB each), in {stages}. Neither price nor power of an LPU is
+published, so beside the gain with all chips counted alike stands what an LPU may cost (or draw) at most, in Rubin GPUs,
+for the split to be worth as much as Rubin alone. *neither*: the target is kept neither split nor unsplit.
+"""
+BRIDGES = """
+The same for Qwen3-235B at 5 ms a token, by the bridge's bandwidth a port and its latency one way (gain, chips alike):
+"""
+SO = """
+So it pays for fast answers: where GPUs must run nearly empty to keep the target, an FFN in SRAM gives them back their
+batch. At a relaxed target Rubin alone fills its batch and the LPUs stand idle. The bridge's latency decides, because it
+is paid twice in each layer and one micro-batch cannot hide it; its bandwidth hardly matters.
+"""
+
+
+def published(result: dict[str, Any]) -> str:
+    part = result["published"]
+    rows: list[list[object]] = []
+    for row in part["fastafd"]:
+        rows.append(
+            [
+                row["model"], tokens(row["context"]), row["ratio"], f"{row['measured']:.2f}",
+                f"{row['from_shares']:.2f} ({percent(row['from_shares'] / row['measured'] - 1)})",
+                f"{row['from_catalog']:.2f}", f"{row['expansion']:.2f}",
+                " / ".join(f"{share:.0%}" for share in row["measured_shares"]),
+                " / ".join(f"{share:.0%}" for share in row["catalog_shares"]),
+            ]
+        )  # fmt: skip
+    text = "\n## What others measured\n" + wrapped(FASTAFD)
+    columns = ["model", "context", "A:F", "measured", "from shares", "from catalog", "expansion from memory",
+               "shares measured", "shares simulated"]  # fmt: skip
+    text += table(columns, rows)
+    return text + sweep(part) + ascend(part) + step3(part["step3"])
+
+
+def sweep(part: dict[str, Any]) -> str:
+    contexts = sorted({row["context"] for row in part["sweep"]})
+    by = {(row["context"], row["trays"]): row for row in part["sweep"]}
+    trays = [count for count in sorted({row["trays"] for row in part["sweep"]}) if (contexts[0], count) in by]
+    rows: list[list[object]] = []
+    for context in contexts:
+        cells: list[object] = [tokens(context)]
+        for count in trays:
+            row = by.get((context, count))
+            cells.append("-" if row is None else f"{row['measured_ms']:.1f} / {row['simulated_ms']:.1f}")
+        rows.append(cells)
+    best = []
+    for context in contexts:
+        mine = [row for row in part["sweep"] if row["context"] == context]
+        measured = max(mine, key=lambda row: row["measured_per_chip"])["trays"]
+        simulated = max(mine, key=lambda row: row["simulated_per_chip"])["trays"]
+        best.append(f"{tokens(context)} {measured} and {simulated}")
+    text = SWEEP.format(error=percent(part["sweep_median_error"]), best="; ".join(best))
+    return wrapped(text) + table(["context", *(f"{count}:1" for count in trays)], rows)
+
+
+def ascend(part: dict[str, Any]) -> str:
+    contexts = [point["context"] for point in part["ascend_measured"]]
+    rows: list[list[object]] = [["measured", *_gains(part["ascend_measured"]), "", ""]]
+    for name, results in part["ascend"].items():
+        label = "the cost model's share" if name == "cost model" else f"{float(name):.0%} of the bandwidth"
+        ratios = " and ".join(
+            "never" if result["break_even_ratio"] is None else f"{result['break_even_ratio']:.1f}:1"
+            for result in results
+        )
+        batches = " and ".join(f"{before} to {after}" for before, after in (r["batches"] for r in results))
+        rows.append([f"simulated, experts read at {label}", *_gains(results), ratios, batches])
+    columns = ["", *(f"{tokens(context)}: 48A16F, 64A16F" for context in contexts), "pays from", "requests a die"]
+    return wrapped(ASCEND) + table(columns, rows)
+
+
+def _gains(results: list[dict[str, Any]]) -> list[str]:
+    return [", ".join(percent(value) for value in result["gains"]) for result in results]
+
+
+def step3(part: dict[str, Any]) -> str:
+    return wrapped(
+        STEP3.format(
+            step=part["budget_step_seconds"] * 1e3,
+            hops=part["longest_hops_seconds"] * 1e6,
+            attention=part["attention_seconds"] * 1e6,
+            rate=part["per_chip"],
+            mean=part["mean_per_chip"],
+            peak=part["peak_per_chip"],
+        )
+    )
+
+
+def clusters(result: dict[str, Any]) -> str:
+    contexts = sorted({int(context) for answers in result["by_context"].values() for context in answers})
+    rows: list[list[object]] = []
+    points = pays = 0
+    for setup, answers in result["by_context"].items():
+        cells: list[object] = [setup]
+        for context in contexts:
+            answer = answers.get(str(context))
+            cells.append("-" if answer is None else gain(answer))
+            if answer is not None and answer.get("gain") is not None:
+                points += 1
+                pays += answer["gain"] > 1.02
+        latency = result["by_latency"][setup]["break_even_us"]
+        cells.append("never" if latency is None else "over 1 ms" if latency >= 999 else f"{latency:.0f} us")
+        cells.append(split_of(answers["8192"]))
+        cells.append(break_even_context(answers))
+        rows.append(cells)
+    columns = ["setup", *(tokens(context) for context in contexts), "break-even latency at 8K", "best split at 8K",
+               "pays from"]  # fmt: skip
+    text = "\n## On GPU clusters\n" + wrapped(CLUSTERS.format(pays=pays, points=points)) + table(columns, rows)
+    return text + "\n![gain against context](afd-context.svg)\n" + wrapped(WHY)
+
+
+def break_even_context(answers: dict[str, Any]) -> str:
+    """Between the contexts that were looked at, on a straight line in the logarithm."""
+    known = [(int(context), answer["gain"]) for context, answer in answers.items() if answer.get("gain") is not None]
+    if all(value >= 1.0 for _, value in known):
+        return "everywhere"
+    for (low, before), (high, after) in pairwise(known):
+        if before < 1.0 <= after:
+            share = (1.0 - before) / (after - before)
+            return f"about {tokens(round(math.exp(math.log(low) + share * math.log(high / low)) / 1024) * 1024)}"
+    return "nowhere"
+
+
+def rubin(result: dict[str, Any]) -> str:
+    part = result["rubin"]
+    targets = list(next(iter(part["targets_ms"].values())))
+    rows: list[list[object]] = []
+    for model, answers in part["targets_ms"].items():
+        for target in targets:
+            answer = answers[target]
+            best, cost = answer.get("split"), answer.get("break_even_cost")
+            rows.append(
+                [
+                    model, f"{target} ms", gain(answer), "-" if cost is None else f"{cost:.2f}", split_of(answer),
+                    "-" if not best else f"{best['per_attention_chip']:,.0f}",
+                    "-" if not answer.get("unsplit") else f"{answer['unsplit']['per_chip']:,.0f}",
+                    "-" if not best else f"{best['exposed_share']:.0%}", "-" if not best else f"{best['ffn_idle']:.0%}",
+                ]
+            )  # fmt: skip
+    bridge = part["bridge"]
+    text = "\n## On Rubin and LP30\n" + wrapped(
+        RUBIN.format(
+            bandwidth=bridge["gigabytes_per_second"],
+            latency=bridge["latency_us"],
+            stages="pipeline stages of 256, each of which works for another part of the attention workers",
+        )
+    )
+    columns = ["model", "target a token", "gain, chips alike", "an LPU may cost", "best split", "tok/s per Rubin",
+               "unsplit", "exposed", "LPUs idle"]  # fmt: skip
+    text += table(columns, rows) + "\n![Rubin and LP30](afd-rubin.svg)\n\n"
+    latencies = list(next(iter(part["bridges"].values())))
+    rows = [
+        [f"{bandwidth} GB/s", *(gain(answers[latency]) for latency in latencies)]
+        for bandwidth, answers in part["bridges"].items()
+    ]
+    sweep_table = table(["bridge", *(f"{latency} us" for latency in latencies)], rows)
+    return text + wrapped(BRIDGES) + sweep_table + wrapped(SO)
+
+
+def chart(title: str, x_label: str, lines: dict[str, list[tuple[float, float]]], x_ticks: dict[float, str]) -> str:
+    """Lines over a logarithmic x and a logarithmic y, with a line at 1."""
+    xs = [x for points in lines.values() for x, _ in points]
+    ys = [y for points in lines.values() for _, y in points] + [0.5, 2.0]
+    low_x, high_x, low_y, high_y = min(xs), max(xs), min(ys) / 1.1, max(ys) * 1.1
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = math.log(x / low_x) / math.log(high_x / low_x)
+        up = math.log(y / low_y) / math.log(high_y / low_y)
+        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+
+    def text(x: float, y: float, words: str, anchor: str = "middle", colour: str = "#222222") -> str:
+        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{words}</text>'
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
+        text(LEFT, 20, title, "start"),
+        text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, x_label),
+    ]
+    for tick in (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0):
+        if low_y <= tick <= high_y:
+            (left, y), (right, _) = at(low_x, tick), at(high_x, tick)
+            stroke = "#222222" if tick == 1.0 else "#dddddd"
+            parts.append(f'<line x1="{left:.1f}" y1="{y:.1f}" x2="{right:.1f}" y2="{y:.1f}" stroke="{stroke}"/>')
+            parts.append(text(LEFT - 8, y + 4, f"{tick:g}", "end"))
+    for value, label in x_ticks.items():
+        parts.append(text(at(value, low_y)[0], HEIGHT - BOTTOM + 18, label))
+    for number, (name, points) in enumerate(lines.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in points))
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in (at(*p) for p in points)]
+        parts.append(text(WIDTH - RIGHT + 12, TOP + 10 + 18 * number, name, "start", colour))
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def figures(result: dict[str, Any]) -> dict[str, str]:
+    by_context = {
+        setup: [(float(context), a["gain"]) for context, a in answers.items() if a.get("gain") is not None]
+        for setup, answers in result["by_context"].items()
+    }
+    contexts = sorted({x for points in by_context.values() for x, _ in points})
+    by_target = {
+        model: [(float(target), a["gain"]) for target, a in answers.items() if a.get("gain") is not None]
+        for model, answers in result["rubin"]["targets_ms"].items()
+    }
+    targets = sorted({x for points in by_target.values() for x, _ in points})
+    return {
+        "afd-context.svg": chart(
+            "tokens/s and chip, split over unsplit (simulated)",
+            "tokens of context",
+            {name: points for name, points in by_context.items() if points},
+            {context: tokens(int(context)) for context in contexts},
+        ),
+        "afd-rubin.svg": chart(
+            "Rubin + LP30 over Rubin alone, all chips counted alike (simulated)",
+            "most milliseconds a token",
+            {name: points for name, points in by_target.items() if points},
+            {target: f"{target:g}" for target in targets},
+        ),
+    }
+
+
+def page(result: dict[str, Any]) -> str:
+    agreement = result["agreement"]
+    head = HEAD.format(commit=result["commit"][:7], pipelines=agreement["pipelines"], largest=agreement["largest"])
+    return (head + published(result) + clusters(result) + rubin(result)).replace("\n\n\n", "\n\n").rstrip() + "\n"
+
+
+def main() -> int:
+    result = json.loads(RESULT.read_text(encoding="utf-8"))
+    TARGET.write_text(page(result), encoding="utf-8")
+    for name, figure in figures(result).items():
+        (TARGET.parent / name).write_text(figure, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
