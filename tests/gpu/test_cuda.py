@@ -25,6 +25,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
 ]
 FAMILIES = ["smollm2", "llama-llama3", "llama-biases", "llama-one-kv-head", "mistral", "qwen2", "qwen3"]
+FAMILIES += ["qwen3_moe", "mixtral", "gpt_oss"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

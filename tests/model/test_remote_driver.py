@@ -19,6 +19,7 @@ from transload.control.ffn_messages import Fallback, Piece, SessionId, Split
 from transload.control.messages import WorkerId
 from transload.errors import WorkerLost
 from transload.model.build import Tensors, build_feed_forwards, column_part
+from transload.model.ffn_pieces import Cutter, PieceFunctions
 from transload.model.ffn_side import FfnSide
 from transload.model.layer_driver import cut
 from transload.model.llama import FeedForwardLayer
@@ -57,15 +58,18 @@ class SlowSide(FfnSide):
 class Rig:
     """FFN workers, and a driver that calls them."""
 
+    arch = ARCH
+
     def __init__(self, num_workers: int = 1, *, split: Split = "replica", deterministic: bool = True) -> None:
         self.split: Split = split
         self.weights = FfnWeights(
             weights="tiny",
-            num_layers=ARCH.num_layers,
-            hidden_size=ARCH.hidden_size,
+            num_layers=self.arch.num_layers,
+            hidden_size=self.arch.hidden_size,
             dtype="float32",
             deterministic=deterministic,
         )
+        self.num_workers = num_workers
         self.num_parts = num_workers if split == "column" else 1
         self.deterministic = deterministic
         self.loaded: list[Piece] = []
@@ -73,18 +77,16 @@ class Rig:
         self.drivers: list[RemoteDriver] = []
 
     def start(self, number: int, incarnation: int = 1) -> FfnService:
-        part = number if self.split == "column" else 0
-        side = SlowSide(
-            build_part(part, self.num_parts, deterministic=self.deterministic),
-            self.weights,
-            frozenset({Piece(part)}),
-            torch.float32,
-            CPU,
-        )
+        pieces = self.pieces(number)
+        side = SlowSide(self.load(pieces), self.weights, pieces, torch.float32, CPU)
         me = Party(worker=WorkerId(f"ffn-{number}"), incarnation=incarnation, secret=SECRET)
         service = FfnService(me, side, max_wait_seconds=1e-3, max_rows=MAX_ROWS, spin_seconds=1e-4)
         service.start()
         return service
+
+    def pieces(self, number: int) -> frozenset[Piece]:
+        """Of a worker."""
+        return frozenset({Piece(number if self.split == "column" else 0)})
 
     def driver(
         self,
@@ -96,17 +98,19 @@ class Rig:
         deadline_seconds: float = 20.0,
     ) -> RemoteDriver:
         up = threading.Semaphore(0)
-        row_bytes = ARCH.hidden_size * 4
+        row_bytes = self.arch.hidden_size * 4
+        slots = self.arch.experts.per_token if self.arch.experts is not None else 1
         number = len(self.drivers)
         driver = RemoteDriver(
             weights=self.weights,
             dtype=torch.float32,
             device=CPU,
-            split=self.split,
-            num_parts=self.num_parts,
+            cutter=Cutter(self.arch, self.split, self.num_parts),
             num_micro_batches=micro_batches,
             sizes=SlotSizes(
-                num_slots=micro_batches + 2, call_bytes=MAX_ROWS * row_bytes, answer_bytes=MAX_ROWS * row_bytes
+                num_slots=micro_batches + 2,
+                call_bytes=MAX_ROWS * (row_bytes + 4 * slots),
+                answer_bytes=MAX_ROWS * slots * row_bytes,
             ),
             client=FfnClientConfig(
                 session=SessionId(number + 1),
@@ -115,7 +119,7 @@ class Rig:
                 deadline_seconds=deadline_seconds,
             ),
             me=Party(worker=WorkerId(f"decode-{number}"), incarnation=1, secret=SECRET),
-            load_part=self._load,
+            load_pieces=self._reload,
             report=lambda _worker, _transport, problem: None if problem else up.release(),
             spin_seconds=1e-4,
         )
@@ -126,9 +130,16 @@ class Rig:
             assert up.acquire(timeout=20)
         return driver
 
-    def _load(self, piece: Piece) -> list[FeedForwardLayer]:
-        self.loaded.append(piece)
-        return build_part(int(piece), self.num_parts, deterministic=self.deterministic)
+    def load(self, pieces: frozenset[Piece]) -> PieceFunctions:
+        return {
+            (layer, piece): function
+            for piece in pieces
+            for layer, function in enumerate(build_part(int(piece), self.num_parts, deterministic=self.deterministic))
+        }
+
+    def _reload(self, pieces: frozenset[Piece]) -> PieceFunctions:
+        self.loaded += sorted(pieces)
+        return self.load(pieces)
 
     def close(self) -> None:
         for driver in self.drivers:

@@ -214,7 +214,11 @@ def _link_line(link: LinkPlan, placement: Placement, arch: ModelArch) -> LinkLin
 def _hop_line(hop: HopPlan, placement: Placement, arch: ModelArch) -> HopLine:
     pools = {pool.name: pool for pool in placement.deployment.pools}
     num_copies = pools[hop.target].workers if hop.split.split == "column" else 1
-    row_bytes = 2 * num_copies * arch.hidden_size * DTYPE_BYTES[placement.dtype]
+    num_crossings = 2 * num_copies
+    if arch.experts is not None:  # there once for each worker that has one of its experts, back once for each expert
+        num_copies = min(arch.experts.per_token, pools[hop.target].workers)
+        num_crossings = num_copies + arch.experts.per_token
+    row_bytes = num_crossings * arch.hidden_size * DTYPE_BYTES[placement.dtype]
     return HopLine(
         source=hop.source,
         target=hop.target,

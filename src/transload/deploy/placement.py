@@ -11,6 +11,7 @@ from collections import Counter
 import msgspec
 
 from transload.arch import DTYPE_BYTES, ModelArch
+from transload.control.expert_map import build_expert_map, num_experts_by_layer
 from transload.deploy.cores import Cores, assign_cores
 from transload.deploy.machine import Gpu, Machine
 from transload.deploy.plan import LONG_SPIN_SECONDS, ComputeDtype, FfnShare, HopPlan, LinkPlan, Placement, WorkerPlan
@@ -90,6 +91,30 @@ def workspace_bytes(arch: ModelArch, pool: Pool, dtype: str) -> int:
 def rows_of_a_step(pool: Pool) -> int:
     """Most rows that a worker of the pool computes in one step."""
     return max(pool.limits.step_tokens, pool.block_size) + pool.limits.max_batch
+
+
+def slots_per_row(arch: ModelArch) -> int:
+    """How many pieces of a layer a row goes through: the chosen experts of a mixture."""
+    return arch.experts.per_token if arch.experts is not None else 1
+
+
+def num_replicas(arch: ModelArch, split: FfnSplit, num_workers: int) -> int:
+    """Copies of experts in each layer, beside one of each."""
+    if arch.experts is None:
+        return 0
+    return arch.experts.num_experts * (num_workers - 1) if split.split == "replica" else split.replicas
+
+
+def _most_expert_weights(arch: ModelArch, ffn: Pool, split: FfnSplit) -> int:
+    """Weights of the FFN worker that has most of a mixture."""
+    placed = build_expert_map(
+        num_experts_by_layer(arch), ffn.workers, num_replicas=num_replicas(arch, split, ffn.workers)
+    )
+    sparse = [layer for layer in range(arch.num_layers) if arch.is_sparse(layer)]
+    most = max(sum(len(placed.experts_of(worker, layer)) for layer in sparse) for worker in range(ffn.workers))
+    all_experts = len(sparse) * (arch.experts.num_experts if arch.experts is not None else 0)
+    plain = arch.num_ffn_parameters() - all_experts * arch.num_expert_parameters()
+    return plain + most * arch.num_expert_parameters()
 
 
 def _gpus_of(pool: Pool, machine: Machine) -> tuple[Gpu, ...]:
@@ -196,10 +221,10 @@ class _Planner:
         )
 
     def _weights_bytes(self, pool: Pool, device: str) -> int:
-        splits = {
-            user.ffn.split for user in self.deployment.pools if user.ffn is not None and user.ffn.pool == pool.name
-        }
-        num_parts = 1 if splits <= {"replica"} else pool.workers
+        splits = [user.ffn for user in self.deployment.pools if user.ffn is not None and user.ffn.pool == pool.name]
+        if splits and self.arch.experts is not None:
+            return _most_expert_weights(self.arch, pool, splits[0]) * DTYPE_BYTES[self.dtype]
+        num_parts = 1 if all(split.split == "replica" for split in splits) else pool.workers
         return loaded_weights_bytes(self.arch, self.dtype, pool, device, num_parts)
 
     # -- feed-forwards elsewhere ---------------------------------------------------------------------------------------
@@ -229,7 +254,19 @@ class _Planner:
     def _check_split(self, split: FfnSplit, ffn: Pool, index: int) -> None:
         """Whether the model can be cut this way into so many parts."""
         path = f"pools[{index}].ffn.split"
-        if split.split == "expert":
+        experts = self.arch.experts
+        if split.split == "column" and experts is not None:
+            self.problems.append(
+                f'{path} = "column": {self.arch.name} is a mixture of experts, whose parts are experts; use expert, or '
+                "replica for all of them on each worker"
+            )
+            return
+        if split.split == "expert" and experts is not None and ffn.workers > experts.num_experts + split.replicas:
+            self.problems.append(
+                f'{path} = "expert": {ffn.workers} workers for {experts.num_experts} experts: some would have nothing '
+                f"to do; lower pools.{ffn.name}.workers or raise replicas"
+            )
+        if split.split == "expert" and experts is None:
             self.problems.append(f'{path} = "expert": {self.arch.name} has no experts; use replica or column')
         if split.split == "column" and self.arch.intermediate_size % ffn.workers:
             self.problems.append(
@@ -245,10 +282,11 @@ class _Planner:
         is_replica = users[0].split.split == "replica"
         return FfnShare(
             split=users[0].split.split,
-            part=0 if is_replica else index,
-            num_parts=1 if is_replica else pool.workers,
+            part=0 if is_replica and self.arch.experts is None else index,
+            num_parts=1 if is_replica and self.arch.experts is None else pool.workers,
+            num_replicas=num_replicas(self.arch, users[0].split, pool.workers),
             max_wait_seconds=min(hop.split.max_wait_seconds for hop in users),
-            max_rows=max(rows_of_a_step(pools[hop.source]) for hop in users),
+            max_rows=max(rows_of_a_step(pools[hop.source]) for hop in users) * slots_per_row(self.arch),
         )
 
     # -- devices -------------------------------------------------------------------------------------------------------

@@ -50,11 +50,16 @@ class HopPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FfnShare(msgspec.Struct, frozen=True, kw_only=True):
-    """What one FFN worker has of every layer: its `part`-th of `num_parts`, or all of it if it is a replica."""
+    """What one FFN worker has of every layer: its `part`-th of `num_parts`, or all of it if it is a replica.
+
+    Of a mixture it has those experts that `build_expert_map` gives its number, whichever the split.
+    """
 
     split: Split
     part: int
     num_parts: int
+    num_replicas: int
+    """Of a mixture: copies of experts beside one of each, in each layer. All of them where workers are replicas."""
     max_wait_seconds: float
     max_rows: int
     """Rows of one call, at most: what an attention worker may compute in one step."""

@@ -90,6 +90,9 @@ class FfnSplit(Part, frozen=True, kw_only=True):
     split: Split = "replica"
     """Which weights an FFN worker has. replica: all; column: a slice of each layer, all workers answer each call and
     the sums are added up; expert: some experts of each layer."""
+    replicas: Annotated[int, Meta(ge=0, le=65_536)] = 0
+    """With split expert: copies of experts in each layer, beside one of each. They share its rows, and stand in for a
+    worker that is lost."""
     fallback: Fallback = "local"
     """When no FFN worker is left. local: load the weights and compute here; error: the requests fail."""
     timeout_seconds: Seconds = msgspec.field(default=0.5, name="timeout")

@@ -91,6 +91,10 @@ class ExpertLayer:
         """Which experts are here."""
         return tuple(self._experts)
 
+    def expert(self, number: int) -> RowsFunction:
+        """One of them by itself."""
+        return self._experts[number]
+
     def __call__(self, hidden_TE: torch.Tensor, routing: Routing | None = None) -> torch.Tensor:
         """The whole mixture [T, E], float32; every expert that the rows need is here."""
         assert routing is not None, "a mixture is called with its routing"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from transload.control.ffn_messages import Piece
-from transload.model.llama import FeedForwardLayer
+from transload.model.ffn_pieces import INDEX_DTYPE, PieceFunctions, compute_pieces
 from transload.transfer.ffn_link import ArrivedCall
 from transload.transfer.ffn_meeting import FfnWeights
 
@@ -21,7 +21,7 @@ class FfnSide:
 
     def __init__(
         self,
-        feed_forwards: Sequence[FeedForwardLayer],
+        functions: PieceFunctions,
         weights: FfnWeights,
         pieces: frozenset[Piece],
         dtype: torch.dtype,
@@ -29,37 +29,49 @@ class FfnSide:
     ) -> None:
         self.weights = weights
         self.pieces = pieces
-        self._feed_forwards = feed_forwards
+        self._functions = functions
         self._dtype = dtype
         self._device = device
         self._row_bytes = weights.hidden_size * dtype.itemsize
 
     def problem(self, call: ArrivedCall, room_bytes: int) -> str | None:
         """Why a call cannot be computed as it came; `room_bytes` is what its answer may take."""
-        wanted = sum(rows for _, rows in call.frame.request.pieces)
-        num_bytes = wanted * self._row_bytes
-        if call.frame.num_rows != wanted or len(call.rows) != num_bytes:
-            return f"{len(call.rows)} bytes of rows, wanted {wanted} rows of {self._row_bytes} bytes"
-        if num_bytes > room_bytes:
-            return f"an answer of {num_bytes} bytes, there is room for {room_bytes}"
+        request, num_rows = call.frame.request, call.frame.num_rows
+        wanted = sum(rows for _, rows in request.pieces)
+        if any((request.key.layer, piece) not in self._functions for piece, _ in request.pieces):
+            return f"a piece of layer {request.key.layer} that is not here"
+        index_bytes = len(call.rows) - num_rows * self._row_bytes
+        whole = index_bytes == 0 and all(rows == num_rows for _, rows in request.pieces)
+        if not whole and index_bytes != wanted * INDEX_DTYPE.itemsize:
+            return f"{len(call.rows)} bytes for {wanted} of {num_rows} rows of {self._row_bytes} bytes"
+        if wanted * self._row_bytes > room_bytes:
+            return f"an answer of {wanted * self._row_bytes} bytes, there is room for {room_bytes}"
+        _, index_P = self._rows(call)
+        if index_P is not None and not bool(((index_P >= 0) & (index_P < num_rows)).all()):
+            return f"a row that is not among the {num_rows} sent"
         return None
 
     @torch.inference_mode()
     def compute(self, layer: int, calls: Sequence[ArrivedCall], targets: Sequence[memoryview]) -> list[int]:
         """Fill each call's target; returns how many bytes of each. The calls have no `problem`."""
-        rows = [self._rows(call) for call in calls]
-        hidden_TE = rows[0] if len(rows) == 1 else torch.cat(rows)
-        ffn_TE = self._feed_forwards[layer](hidden_TE.to(self._device))
+        asked = []
+        for call in calls:
+            rows_RE, index_P = self._rows(call)
+            index_P = index_P.to(self._device) if index_P is not None else None
+            asked.append((call.frame.request.pieces, rows_RE.to(self._device), index_P))
         sizes: list[int] = []
-        start = 0
-        for own, target in zip(rows, targets, strict=True):
-            num_rows = len(own)
-            out = torch.frombuffer(target, dtype=self._dtype, count=own.numel()).view(own.shape)
-            out.copy_(ffn_TE[start : start + num_rows])
-            sizes.append(own.numel() * self._dtype.itemsize)
-            start += num_rows
+        for answer_PE, target in zip(compute_pieces(self._functions, layer, asked), targets, strict=True):
+            out = torch.frombuffer(target, dtype=self._dtype, count=answer_PE.numel()).view(answer_PE.shape)
+            out.copy_(answer_PE)
+            sizes.append(answer_PE.numel() * self._dtype.itemsize)
         return sizes
 
-    def _rows(self, call: ArrivedCall) -> torch.Tensor:
-        flat = torch.frombuffer(call.rows, dtype=self._dtype)
-        return flat.view(call.frame.num_rows, self.weights.hidden_size)
+    def _rows(self, call: ArrivedCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows [R, E], and which of them the pieces take, unless that is all in order."""
+        num_bytes = call.frame.num_rows * self._row_bytes
+        rows = torch.frombuffer(call.rows[:num_bytes], dtype=self._dtype)
+        index = call.rows[num_bytes:]
+        return (
+            rows.view(call.frame.num_rows, self.weights.hidden_size),
+            torch.frombuffer(index, dtype=INDEX_DTYPE) if len(index) else None,
+        )

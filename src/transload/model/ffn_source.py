@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -19,8 +19,16 @@ from transload.deploy.plan import HopPlan, WorkerPlan
 from transload.model.build import Tensors, build_feed_forwards, column_part
 from transload.model.checkpoint import load_tensors
 from transload.model.executor import TorchExecutor
+from transload.model.ffn_pieces import (
+    INDEX_DTYPE,
+    Cutter,
+    PieceFunctions,
+    build_pieces,
+    piece_stride,
+    pieces_of,
+)
 from transload.model.ffn_side import FfnSide
-from transload.model.inventory import is_feed_forward
+from transload.model.inventory import expert_of, is_feed_forward, layer_of
 from transload.model.layer_driver import LocalDriver
 from transload.model.llama import FeedForwardLayer, LlamaModel
 from transload.model.remote_driver import RemoteDriver
@@ -49,17 +57,17 @@ class TorchFfnSource:
         assert self._remote is None, "one set of FFN workers at a time"
         arch, split = self._files.arch, hop.split
         row_bytes = arch.hidden_size * self._model.dtype.itemsize
+        slots_per_row = arch.experts.per_token if arch.experts is not None else 1
         self._remote = RemoteDriver(
             weights=ffn_weights(self._plan, self._files),
             dtype=self._model.dtype,
             device=self._model.device,
-            split=split.split,
-            num_parts=hop.num_workers,
+            cutter=Cutter(arch, split.split, hop.num_workers),
             num_micro_batches=split.micro_batches,
             sizes=SlotSizes(
                 num_slots=split.micro_batches + SPARE_SLOTS,
-                call_bytes=hop.max_rows * row_bytes,
-                answer_bytes=hop.max_rows * row_bytes,
+                call_bytes=hop.max_rows * (row_bytes + slots_per_row * INDEX_DTYPE.itemsize),
+                answer_bytes=hop.max_rows * slots_per_row * row_bytes,
             ),
             client=FfnClientConfig(
                 session=SessionId(int.from_bytes(os.urandom(8)) >> 1),
@@ -68,7 +76,7 @@ class TorchFfnSource:
                 deadline_seconds=split.deadline_seconds,
             ),
             me=me,
-            load_part=lambda piece: self._load_part(piece, hop),
+            load_pieces=lambda pieces: load_pieces(self._plan, self._files, pieces, _num_columns(hop)),
             report=report,
             spin_seconds=self._plan.spin_seconds,
         )
@@ -115,9 +123,9 @@ class TorchFfnSource:
             self._remote.close()
             self._remote = None
 
-    def _load_part(self, piece: Piece, hop: HopPlan) -> Sequence[FeedForwardLayer]:
-        num_parts = hop.num_workers if hop.split.split == "column" else 1
-        return load_feed_forwards(self._plan, self._files, int(piece) if num_parts > 1 else 0, num_parts)
+
+def _num_columns(hop: HopPlan) -> int:
+    return hop.num_workers if hop.split.split == "column" else 1
 
 
 def load_feed_forwards(
@@ -136,10 +144,33 @@ def build_side(plan: WorkerPlan, files: ModelFiles) -> FfnSide:
     """What an FFN worker computes with."""
     share = plan.share
     assert share is not None, f"{plan.name} is no FFN worker"
-    feed_forwards = load_feed_forwards(plan, files, share.part, share.num_parts)
-    pieces = frozenset({Piece(share.part if share.split == "column" else 0)})
+    pieces = pieces_of(share, files.arch)
+    functions = load_pieces(plan, files, pieces, share.num_parts if share.split == "column" else 1)
     dtype: torch.dtype = getattr(torch, plan.dtype)
-    return FfnSide(feed_forwards, ffn_weights(plan, files), pieces, dtype, torch.device(plan.device))
+    return FfnSide(functions, ffn_weights(plan, files), pieces, dtype, torch.device(plan.device))
+
+
+def load_pieces(plan: WorkerPlan, files: ModelFiles, pieces: frozenset[Piece], num_columns: int) -> PieceFunctions:
+    """These pieces of every layer, each a `num_columns`-th if it is no expert. Loads no other weights."""
+    if files.arch.experts is not None:
+        return _load_experts(plan, files, pieces)
+    functions: dict[tuple[int, Piece], Callable[[torch.Tensor], torch.Tensor]] = {}
+    for piece in pieces:
+        for layer, feed_forward in enumerate(load_feed_forwards(plan, files, int(piece), num_columns)):
+            functions[layer, piece] = feed_forward
+    return functions
+
+
+def _load_experts(plan: WorkerPlan, files: ModelFiles, pieces: frozenset[Piece]) -> PieceFunctions:
+    dtype: torch.dtype = getattr(torch, plan.dtype)
+    arch = files.arch
+    stride = piece_stride(arch)
+
+    def is_mine(name: str) -> bool:
+        return is_feed_forward(name) and Piece(layer_of(name) * stride + (expert_of(name) or 0)) in pieces
+
+    tensors = load_tensors(files, dtype, is_mine)
+    return build_pieces(arch, tensors, dtype, plan.model.deterministic, torch.device(plan.device), pieces)
 
 
 def ffn_weights(plan: WorkerPlan, files: ModelFiles) -> FfnWeights:

@@ -33,6 +33,11 @@ def is_feed_forward(name: str) -> bool:
     return ".mlp." in name and ".mlp.gate." not in name
 
 
+def layer_of(name: str) -> int:
+    """Which layer a tensor of a layer belongs to."""
+    return int(name.split(".", 3)[2])
+
+
 def expert_of(name: str) -> int | None:
     """Which expert of its layer a tensor belongs to; None if to no expert."""
     match = _EXPERT.search(name)

@@ -33,7 +33,6 @@ from transload.control.ffn_messages import (
     Piece,
     SendRequest,
     SessionId,
-    Split,
     StepOver,
     TakeReply,
     TimeCame,
@@ -41,14 +40,15 @@ from transload.control.ffn_messages import (
 from transload.control.messages import WorkerId
 from transload.errors import HandoffError, WorkerLost
 from transload.model.batch import Batch
-from transload.model.llama import AttentionSide, FeedForwardLayer, FfnCall, LayerCalls
+from transload.model.ffn_pieces import CutCall, Cutter, PieceFunctions, compute_pieces
+from transload.model.llama import AttentionSide, LayerCalls
 from transload.transfer.ffn_callers import CallerUp, FfnCallers, HopReport
 from transload.transfer.ffn_link import ArrivedAnswer, CallerEnd, CallFrame, SlotSizes
 from transload.transfer.ffn_meeting import FfnWeights, Opening, Party
 from transload.transfer.ffn_waiting import Waiter
 
-LoadPart = Callable[[Piece], Sequence[FeedForwardLayer]]
-"""The feed-forwards of all layers, whole or a column part of them."""
+LoadPieces = Callable[[frozenset[Piece]], PieceFunctions]
+"""Loads the weights of these pieces, in all layers that have them."""
 
 
 class HopCounts(msgspec.Struct):
@@ -70,18 +70,22 @@ class _Peer:
         self.calls = [torch.frombuffer(_whole(end.call_buffer(slot), dtype), dtype=dtype) for slot in slots]
         self.answers = [torch.frombuffer(_whole(end.answer_buffer(slot), dtype), dtype=dtype) for slot in slots]
 
+    def put_index(self, slot: int, offset: int, index_P: torch.Tensor) -> None:
+        """Write which rows the pieces take, after the rows."""
+        raw = self.end.call_buffer(slot)[offset : offset + index_P.numel() * index_P.itemsize]
+        torch.frombuffer(raw, dtype=index_P.dtype).copy_(index_P)
+
 
 class _Lane:
     """A micro-batch on its way through the layers."""
 
-    __slots__ = ("call", "calls", "name", "parts", "place", "residual")
+    __slots__ = ("calls", "cut", "name", "place", "residual")
 
     def __init__(self, place: int, calls: LayerCalls) -> None:
         self.place = place
         self.calls = calls
-        self.call: FfnCall | None = None
+        self.cut: CutCall | None = None
         self.name: CallName | None = None
-        self.parts: dict[Piece, torch.Tensor] = {}
         self.residual: torch.Tensor | None = None
 
 
@@ -94,25 +98,24 @@ class RemoteDriver:
         weights: FfnWeights,
         dtype: torch.dtype,
         device: torch.device,
-        split: Split,
-        num_parts: int,
+        cutter: Cutter,
         num_micro_batches: int,
         sizes: SlotSizes,
         client: FfnClientConfig,
         me: Party,
-        load_part: LoadPart,
+        load_pieces: LoadPieces,
         report: HopReport,
         spin_seconds: float,
     ) -> None:
-        """`num_parts`: column parts of each layer, 1 unless that is the split."""
         self.num_micro_batches = num_micro_batches
         self.counts = HopCounts()
         self._hidden_size = weights.hidden_size
         self._dtype = dtype
         self._device = device
-        self._pieces = tuple(Piece(number) for number in range(num_parts if split == "column" else 1))
-        self._load_part = load_part
-        self._own: dict[Piece, Sequence[FeedForwardLayer]] = {}
+        self._cutter = cutter
+        self._pieces = cutter.all_pieces()
+        self._load_pieces = load_pieces
+        self._own: dict[tuple[int, Piece], Callable[[torch.Tensor], torch.Tensor]] = {}
         self._client = FfnClient(client)
         self._waiter = Waiter(spin_seconds)
         opening = Opening(session=client.session, weights=weights, sizes=sizes)
@@ -164,7 +167,7 @@ class RemoteDriver:
             while self._lanes or self._ready:
                 while self._ready:
                     lane = self._ready.popleft()
-                    self._advance(lane, self._result(lane), written)
+                    self._advance(lane, _cut_of(lane).result(), written)
                 if self._failure is not None:
                     raise WorkerLost(f"{self._failure}, and the deployment has no fallback")
                 if self._lanes:
@@ -186,26 +189,10 @@ class RemoteDriver:
             lane.residual = finished.value
             return
         written(lane.place, call.layer)
-        lane.call = call
+        cut = lane.cut = self._cutter.cut(call)
         name = lane.name = CallName(call.step, call.layer, call.micro_batch)
-        lane.parts = {}
         self._lanes[name] = lane
-        num_rows = len(call.hidden)
-        pieces = tuple((piece, num_rows) for piece in self._pieces) if num_rows else ()
-        self._obey(self._client.handle(CallMade(name, pieces), time.monotonic()), None)
-
-    def _result(self, lane: _Lane) -> torch.Tensor:
-        """What the layer's feed-forward gave, put together from its pieces in their order."""
-        assert lane.call is not None
-        parts = [lane.parts[piece] for piece in sorted(lane.parts)]
-        if len(parts) == 1:
-            return parts[0]
-        if not parts:
-            return torch.zeros_like(lane.call.hidden)
-        whole = parts[0].float()
-        for part in parts[1:]:
-            whole += part
-        return whole.to(self._dtype)
+        self._obey(self._client.handle(CallMade(name, cut.pieces), time.monotonic()), None)
 
     def _abandon(self, step: int) -> None:
         """The step has failed: its calls are nobody's any more."""
@@ -230,7 +217,7 @@ class RemoteDriver:
                     self._obey(self._client.handle(answered, time.monotonic()), (peer, arrived))
                     while self._ready:
                         lane = self._ready.popleft()
-                        self._advance(lane, self._result(lane), written)
+                        self._advance(lane, _cut_of(lane).result(), written)
                     peer.end.release(arrived.slot)
             except HandoffError as error:
                 self._lose(peer.end.worker, str(error))
@@ -272,39 +259,43 @@ class RemoteDriver:
                     self._failure = reason
 
     def _send(self, peer: _Peer, request: FfnRequest) -> None:
-        call = self._call_of(request)
+        cut = self._cut_for(request)
         slot = peer.end.reserve()
         assert slot is not None, "the client keeps to the credit, which is the number of slots"
-        num_rows = len(call.hidden)
-        num_elements = num_rows * self._hidden_size
         self._sent[request.key.sequence] = request
-        peer.calls[slot][:num_elements].view(num_rows, self._hidden_size).copy_(call.hidden)
-        peer.end.post(slot, CallFrame(request, num_rows), num_elements * self._dtype.itemsize)
+        rows_RE, index_P = cut.rows([piece for piece, _ in request.pieces])
+        peer.calls[slot][: rows_RE.numel()].view(rows_RE.shape).copy_(rows_RE)
+        num_bytes = rows_RE.numel() * self._dtype.itemsize
+        if index_P is not None:
+            peer.put_index(slot, num_bytes, index_P)
+            num_bytes += index_P.numel() * index_P.itemsize
+        peer.end.post(slot, CallFrame(request, len(rows_RE)), num_bytes)
 
     def _take(self, request: FfnRequest, pieces: tuple[Piece, ...], peer: _Peer, arrived: ArrivedAnswer) -> None:
-        """The rows stay in the slot until the lane has gone on, unless others have to come first."""
-        key = request.key
-        lane = self._lanes[CallName(key.step, key.layer, key.micro_batch)]
-        num_rows = len(self._call_of(request).hidden)
-        num_elements = num_rows * self._hidden_size
-        rows = peer.answers[arrived.slot][:num_elements].view(num_rows, self._hidden_size)
-        for piece in pieces:
-            lane.parts[piece] = rows.to(self._device) if len(self._pieces) == 1 else rows.to(self._device, copy=True)
+        """The rows stay in the slot until the lane has gone on."""
+        cut = self._cut_for(request)
+        num_rows = sum(rows for _, rows in request.pieces)
+        rows_PE = peer.answers[arrived.slot][: num_rows * self._hidden_size].view(num_rows, self._hidden_size)
+        parts = torch.split(rows_PE, [rows for _, rows in request.pieces])
+        for (piece, _), part in zip(request.pieces, parts, strict=True):
+            if piece in pieces:
+                cut.put(piece, part.to(self._device))
 
-    def _call_of(self, request: FfnRequest) -> FfnCall:
+    def _cut_for(self, request: FfnRequest) -> CutCall:
         key = request.key
-        call = self._lanes[CallName(key.step, key.layer, key.micro_batch)].call
-        assert call is not None
-        return call
+        return _cut_of(self._lanes[CallName(key.step, key.layer, key.micro_batch)])
 
     def _compute_here(self, command: ComputeHere) -> None:
         started = time.monotonic()
-        lane = self._lanes[command.call]
-        assert lane.call is not None
-        for piece, _ in command.pieces:
-            if piece not in self._own:
-                self._own[piece] = self._load_part(piece)
-            lane.parts[piece] = self._own[piece][command.call.layer](lane.call.hidden)
+        cut, layer = _cut_of(self._lanes[command.call]), command.call.layer
+        asked = frozenset(piece for piece, _ in command.pieces)
+        if any((layer, piece) not in self._own for piece in asked):
+            nobodys = self._pieces.difference(*self._client.owned)
+            self._own.update(self._load_pieces(nobodys | asked))
+        for piece, wanted in command.pieces:
+            rows_RE, index_P = cut.rows((piece,))
+            (answer_PE,) = compute_pieces(self._own, layer, [(((piece, wanted),), rows_RE, index_P)])
+            cut.put(piece, answer_PE)
         self.counts.computed_here_seconds += time.monotonic() - started
 
     # -- links --------------------------------------------------------------------------------------------------------
@@ -318,11 +309,8 @@ class RemoteDriver:
         while not self._peers and self._callers.is_dialing and time.monotonic() < deadline:
             self._waiter.wait((), deadline)
             self._admit(time.monotonic())
-        if self._own and all(any(piece in peers for peers in self._owned()) for piece in self._pieces):
+        if self._own and not self._pieces.difference(*self._client.owned):
             self._own.clear()  # others have the weights again
-
-    def _owned(self) -> list[frozenset[Piece]]:
-        return self._client.owned
 
     def _admit(self, now: float) -> None:
         for news in self._callers.news():
@@ -345,6 +333,11 @@ class RemoteDriver:
         peer.answers.clear()
         peer.end.close()
         self._obey(self._client.handle(FfnDown(worker), time.monotonic()), None)
+
+
+def _cut_of(lane: _Lane) -> CutCall:
+    assert lane.cut is not None, "a lane that waits has made a call"
+    return lane.cut
 
 
 def _whole(buffer: memoryview, dtype: torch.dtype) -> memoryview:

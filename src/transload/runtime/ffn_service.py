@@ -127,7 +127,15 @@ class FfnService:
     def _let_in(self, sock: socket.socket, one_sided: bool) -> None:
         with contextlib.suppress(OSError, TransloadError):  # the caller has been told, and reports it
             self._arrived.append(accept_ffn(self._me, sock, one_sided, self._offer))
+            if not self._thread.is_alive():
+                self._turn_away()
             self._waiter.nudge()
+
+    def _turn_away(self) -> None:
+        """Those who came too late for the thread, which has ended."""
+        with contextlib.suppress(IndexError):
+            while True:
+                self._arrived.popleft().close()
 
     # -- the thread ---------------------------------------------------------------------------------------------------
 
@@ -146,8 +154,9 @@ class FfnService:
             traceback.print_exc()
             self.failure = f"{type(error).__name__}: {error}"
         finally:
-            for end in [*self._ends.values(), *self._arrived]:
+            for end in self._ends.values():
                 end.close()
+            self._turn_away()
 
     def _take_calls(self) -> None:
         while self._arrived:
