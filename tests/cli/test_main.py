@@ -48,7 +48,8 @@ FROZEN = {
         "--turns"
     ),
     "validate": (
-        "CASES --chip --cv --input --json --load --model --output --rate --requests --seed --shrink --speedup --trace"
+        "CASES --chip --cv --html --input --json --load --model --output --rate --requests --seed --shrink --speedup "
+        "--trace"
     ),
     "report": "--csv --event-log --html --perfetto --title RESULTS",
 }

@@ -53,6 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     load.add_argument("--cv", type=float, default=0.5, help="spread of both lengths (default 0.5)")
     load.add_argument("--seed", type=int, default=1, help="of the load (default 1)")
     parser.add_argument("--json", metavar="FILE", help="write the result; - for stdout")
+    parser.add_argument("--html", metavar="FILE", help="write both sides of each comparison as one page to look at")
     parser.set_defaults(run=run)
 
 
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     """Exit code: 0 if every bound holds, 1 if one does not; errors are raised."""
     from rich.console import Console
 
+    from transload.study.report import write_page
     from transload.study.validate.run import Load, validate, write_validation
     from transload.study.validate.show import show_comparison
 
@@ -82,11 +84,13 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     cases = [(case, _deployment(case, args.model)) for case in args.cases]
-    done = validate(cases, str(Path(args.chip).absolute()), load, _say, command=without_secrets(sys.argv))
+    done, results = validate(cases, str(Path(args.chip).absolute()), load, _say, command=without_secrets(sys.argv))
     console = Console(stderr=args.json == "-", highlight=False)
     for comparison in done.comparisons:
         show_comparison(comparison, console)
         console.print()
+    if args.html is not None:
+        write_page(results, args.html, title="Real against virtual")
     if args.json is not None:
         write_validation(done, args.json)
     return 0 if all(comparison.holds for comparison in done.comparisons) else 1

@@ -30,7 +30,7 @@ def benchmark_docs() -> Any:
 def test_a_machine_is_measured_and_compared_with_its_simulation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    chip, result = tmp_path / "machine.yaml", tmp_path / "validation.json"
+    chip, result, looked_at = (tmp_path / name for name in ("machine.yaml", "validation.json", "page.html"))
     assert main(["calibrate", "--quick", "-o", str(chip)]) == 0
     measured = load_chip(str(chip)).measured
     assert measured is not None
@@ -40,7 +40,7 @@ def test_a_machine_is_measured_and_compared_with_its_simulation(
     assert measured.beside.decode >= 1
     assert "shm" in measured.links
     load = ["--rate", "1", "--requests", "4", "--input", "32", "--output", "8"]
-    code = main(["validate", "1p1d", "--chip", str(chip), *load, "--json", str(result)])
+    code = main(["validate", "1p1d", "--chip", str(chip), *load, "--json", str(result), "--html", str(looked_at)])
     assert code in (0, 1)  # a busy machine does not keep to bounds
     shown = capsys.readouterr().out
     for words in ("1p1d, 1 requests/s: 4 requests", "TTFT p50", "TPOT p90", "decode queue", "%"):
@@ -50,6 +50,7 @@ def test_a_machine_is_measured_and_compared_with_its_simulation(
     stages = {figure["name"]: figure["measured"] for figure in comparison["stages"]}
     assert stages["prefill"] > 0
     assert stages["decode"] > 0
+    assert '"label":"1p1d, real"' in looked_at.read_text()
     page = benchmark_docs().validation(written)
     assert "*simulated*" in page
     assert "TTFT p50, ms" in page

@@ -11,12 +11,18 @@ from pathlib import Path
 
 import msgspec
 
+from transload.deploy.load import to_yaml
 from transload.deploy.spec import Deployment, Targets
 from transload.hardware.measured import MeasuredSteps
 from transload.runtime.base import Waterfall
 from transload.study.calibrate.server import Played, ServerProcess, new_folder, play
+from transload.study.curves import latency_curves
 from transload.study.metrics import Summary, summarize
 from transload.study.provenance import MachineFacts, machine_facts, versions
+from transload.study.report.sources import with_timeline
+from transload.study.result import Result
+from transload.study.timeline import Timeline, read_timeline
+from transload.study.told import chosen
 from transload.study.validate.compare import Comparison, compare
 from transload.study.validate.virtual import VirtualRun, capacity, measured_of, play_virtual
 from transload.study.workload import ClosedLoop, Fixed, LogNormal, Poisson, Synthetic, Workload, synthetic
@@ -60,13 +66,17 @@ class Validation(msgspec.Struct, frozen=True, kw_only=True):
 
 def validate(
     cases: Sequence[tuple[str, Deployment]], chip_path: str, load: Load, say: Say, *, command: tuple[str, ...]
-) -> Validation:
-    """Raises `TransloadError` if a server cannot be started or a request fails."""
+) -> tuple[Validation, list[Result]]:
+    """What was compared, and both sides of each comparison as results to look at.
+
+    Raises `TransloadError` if a server cannot be started or a request fails.
+    """
     measured = measured_of(chip_path)
     started_at, machine = datetime.now(UTC).isoformat(timespec="seconds"), machine_facts()
     comparisons: list[Comparison] = []
     real: list[Summary] = []
     virtual: list[Summary] = []
+    results: list[Result] = []
     for name, deployment in cases:
         workloads = list(_workloads(deployment, chip_path, load, say))
         with new_folder() as folder, ServerProcess(deployment, Path(folder)) as server:
@@ -74,12 +84,14 @@ def validate(
             for words, workload in workloads:
                 say(f"{name}, {words}: for real")
                 played = play(server.url, workload)
-                simulated = play_virtual(deployment, chip_path, workload)
+                simulated = play_virtual(deployment, chip_path, workload, name=name)
                 summary = summarize(played.records, Targets())
                 comparisons.append(_compare(name, words, summary, played, simulated))
                 real.append(summary)
                 virtual.append(simulated.summary)
-    return Validation(
+                timeline = read_timeline(server.event_log)
+                results += [_real_result(name, deployment, workload, summary, played, timeline), simulated.result]
+    done = Validation(
         command=command,
         started_at=started_at,
         commit=_commit(),
@@ -90,6 +102,32 @@ def validate(
         measured=tuple(real),
         simulated=tuple(virtual),
     )
+    return done, results
+
+
+def _real_result(
+    name: str, deployment: Deployment, workload: Workload, summary: Summary, played: Played, timeline: Timeline
+) -> Result:
+    shown = {record.answer_id for record in chosen(played.records)}
+    result = Result(
+        name=name,
+        simulated=False,
+        deployment=to_yaml(deployment),
+        model=played.model,
+        workload=workload.name,
+        seed=workload.seed,
+        machine=machine_facts(),
+        versions=versions(),
+        summary=summary,
+        curves=latency_curves(played.records),
+        pools=(),
+        waterfalls=tuple(
+            waterfall
+            for record, waterfall in zip(played.records, played.waterfalls, strict=False)
+            if record.answer_id in shown
+        ),
+    )
+    return with_timeline(result, timeline, began_at=played.clock_seconds)
 
 
 def _workloads(deployment: Deployment, chip_path: str, load: Load, say: Say) -> Iterable[tuple[str, Workload]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from datetime import UTC, datetime
+
 import msgspec
 
 from transload.deploy.spec import Deployment, Targets
@@ -9,9 +12,12 @@ from transload.errors import DeploymentError
 from transload.hardware.catalog import load_chip
 from transload.hardware.measured import MeasuredSteps
 from transload.study.calibrate.shared_machine import SharedMachineCost
+from transload.study.curves import latency_curves
 from transload.study.metrics import RequestRecord, Summary, summarize
+from transload.study.result import Result
 from transload.study.simulate import Simulation
 from transload.study.simulated import ClusterCost, plan_cluster
+from transload.study.summing_up import RunFacts, sum_up
 from transload.study.workload import ClosedLoop, Fixed, Synthetic, Workload, synthetic
 
 CAPACITY_USERS = 48
@@ -23,6 +29,7 @@ class VirtualRun(msgspec.Struct, frozen=True, kw_only=True):
     summary: Summary
     stage_seconds: dict[str, float]
     """Mean a request, by name of stage."""
+    result: Result
 
 
 def measured_of(chip_path: str) -> MeasuredSteps:
@@ -35,8 +42,9 @@ def measured_of(chip_path: str) -> MeasuredSteps:
     return chip.measured
 
 
-def play_virtual(deployment: Deployment, chip_path: str, workload: Workload) -> VirtualRun:
-    """All workers on one machine, which is the measured one."""
+def play_virtual(deployment: Deployment, chip_path: str, workload: Workload, *, name: str = "") -> VirtualRun:
+    """All workers on one machine, which is the measured one. `name` is the result's."""
+    started_at, began = datetime.now(UTC).isoformat(timespec="seconds"), time.process_time()
     measured = measured_of(chip_path)
     cluster = plan_cluster(_on_chip(deployment, chip_path))
     workers = [name for pool in cluster.pools for name in pool.worker_names]
@@ -47,10 +55,24 @@ def play_virtual(deployment: Deployment, chip_path: str, workload: Workload) -> 
     recorder = simulation.recorder
     records = [_felt(record, measured.front_end.request_seconds) for record in recorder.records or []]
     count = max(1, recorder.num_successful)
+    summary = summarize(records, Targets())
+    facts = RunFacts(
+        name=name,
+        workload=workload,
+        seed=workload.seed,
+        started_at=started_at,
+        cpu_seconds=time.process_time() - began,
+        was_interrupted=False,
+        faults=(),
+    )
+    result = msgspec.structs.replace(
+        sum_up(cluster, recorder, facts), summary=summary, curves=latency_curves(records), requests=None
+    )
     return VirtualRun(
         records=records,
-        summary=summarize(records, Targets()),
-        stage_seconds={name: seconds / count for name, seconds in recorder.stage_seconds.items()},
+        summary=summary,
+        stage_seconds={stage: seconds / count for stage, seconds in recorder.stage_seconds.items()},
+        result=result,
     )
 
 
