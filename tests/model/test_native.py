@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
@@ -16,9 +17,10 @@ from torch.nn import functional
 from tests.model.stepping import Stepper, stepper_of
 from tests.model.test_llama import oracle_logits, oracle_of, prompt_of
 from transload.errors import MachineError
+from transload.model.gguf_quants import dequantised
 from transload.model.native import library
 from transload.model.native.library import FLAGS, Library, build, load
-from transload.model.native.packed import PackedLinear, first_largest
+from transload.model.native.packed import PackedLinear, first_largest, read_stored
 
 COMPILER = next((found for name in library.COMPILERS if (found := shutil.which(name))), None)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler here")
@@ -101,6 +103,33 @@ def test_stacked_projections_come_out_in_their_order() -> None:
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(2))
     got = PackedLinear(weight, None, split=80)(x)
     torch.testing.assert_close(got, functional.linear(x, weight), rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_a_packed_weight_are_those_of_the_weight(dtype: torch.dtype) -> None:
+    weight = torch.randn(208, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    layer = PackedLinear(weight, None)
+    numbers = torch.tensor([0, 207, 15, 16, 15])
+    assert torch.equal(layer.rows(numbers), weight[numbers].float())
+    for wrong in (-1, 208):
+        with pytest.raises(IndexError):
+            layer.rows(torch.tensor([wrong]))
+
+
+@needs_compiler
+@pytest.mark.parametrize(("kind", "block_bytes"), [("Q4_1", 20), ("Q8_0", 34)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stored_blocks_become_the_numbers_that_gguf_makes(kind: str, block_bytes: int, dtype: torch.dtype) -> None:
+    stored = np.random.default_rng(1).integers(0, 256, 300 * block_bytes, np.uint8)
+    blocks = stored.reshape(300, block_bytes)
+    blocks[:, 1] &= 0x7B  # scales and minima that are finite
+    blocks[:, 3] &= 0x7B if kind == "Q4_1" else 0xFF
+    blocks[0, :2], blocks[1, :2], blocks[2, :2] = (1, 0), (0xFF, 0x83), (0, 0)  # the smallest, a negative tiny one, 0
+    want = torch.from_numpy(np.concatenate([piece.copy() for piece in dequantised(stored, kind)])).to(dtype)
+    got = torch.empty(300 * 32, dtype=dtype)
+    assert read_stored(stored, kind, got)
+    assert torch.equal(got, want)
 
 
 @needs_compiler

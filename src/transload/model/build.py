@@ -126,7 +126,9 @@ def build_attention_side(weights: WeightSource) -> AttentionSide:
     embedding = weights.take("model.embed_tokens.weight", arch.vocab_size, arch.hidden_size).contiguous()
     layers = [build_attention_layer(weights, layer) for layer in range(arch.num_layers)]
     final_norm = weights.norm("model.norm.weight", arch.hidden_size)
-    return AttentionSide(embedding, layers, final_norm, weights.head(embedding))
+    head = weights.head(embedding)
+    held_by_head = arch.tied_embeddings and head.packed is not None
+    return AttentionSide(None if held_by_head else embedding, layers, final_norm, head)
 
 
 def build_attention_layer(weights: WeightSource, layer: int) -> AttentionLayer:

@@ -19,6 +19,7 @@ from transload.model.expert_tensors import ExpertUnpacker
 from transload.model.gguf_arch import renamed
 from transload.model.gguf_file import GgufFile, GgufTensor
 from transload.model.inventory import Shape, expected_shapes, is_ignored
+from transload.model.native.packed import read_stored
 from transload.model.source import ModelFiles
 
 INIT_STD = 0.02
@@ -80,9 +81,13 @@ def _from_gguf(files: ModelFiles, dtype: torch.dtype, needed: Mapping[str, Shape
 
 def _dequantised(file: GgufFile, stored: GgufTensor, dtype: torch.dtype) -> torch.Tensor:
     """A tensor's elements in `dtype`, by way of float32 in pieces, so that little memory is used on the way."""
-    from transload.model.gguf_quants import dequantised
-
     loaded = torch.empty(stored.shape, dtype=dtype)
+    if stored.kind == "F32":
+        return loaded.copy_(torch.from_numpy(file.array(stored).copy()).view(torch.float32).view(stored.shape))
+    if read_stored(file.array(stored), stored.kind, loaded):
+        return loaded
+    from transload.model.gguf_quants import dequantised  # brings the gguf package
+
     flat = loaded.view(-1)
     position = 0
     for piece in dequantised(file.array(stored), stored.kind):

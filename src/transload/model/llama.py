@@ -202,9 +202,10 @@ class AttentionSide:
     """Everything of the model but the feed-forwards."""
 
     def __init__(
-        self, embedding: torch.Tensor, layers: Sequence[AttentionLayer], final_norm: RmsNorm, head: Linear
+        self, embedding: torch.Tensor | None, layers: Sequence[AttentionLayer], final_norm: RmsNorm, head: Linear
     ) -> None:
-        """`embedding` [V, E]; `head` [V, E] is packed separately even if it is the same weight."""
+        """`embedding` [V, E]; None: its rows are those of the head [V, E], which our own kernels can unpack."""
+        assert embedding is not None or head.packed is not None, "something holds the embedding"
         self.embedding = embedding
         self.layers = layers
         self.final_norm = final_norm
@@ -219,7 +220,7 @@ class AttentionSide:
 
         The last layer's call has only the rows after which a token is drawn, and is left out if there are none.
         """
-        residual_TE = functional.embedding(batch.token_ids, self.embedding).float()
+        residual_TE = self._embedded(batch.token_ids)
         last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
             q_THD = layer.project(number, residual_TE, batch)
@@ -232,6 +233,13 @@ class AttentionSide:
             ffn_TE = yield FfnCall(batch.step, number, batch.micro_batch, hidden_TE, layer.route(hidden_TE))
             residual_TE += ffn_TE
         return residual_TE[batch.drawn]
+
+    def _embedded(self, token_ids_T: torch.Tensor) -> torch.Tensor:
+        """float32 [T, E]."""
+        if self.embedding is not None:
+            return functional.embedding(token_ids_T, self.embedding).float()
+        assert self.head.packed is not None
+        return self.head.packed.rows(token_ids_T)
 
     def logits(self, residual_TE: torch.Tensor) -> torch.Tensor:
         """[R, V] in the model's dtype, of rows [R, E] that `run` returned."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import sys
+
 import torch
 
 from transload.control.messages import Chunk, Request, RequestId, RunStep, Sampling
@@ -35,6 +39,7 @@ def build_executor(plan: WorkerPlan) -> tuple[TorchExecutor, KvMemory, TorchFfnS
     else:
         tensors = load_tensors(files, dtype, lambda name: not is_feed_forward(name))
         model = build_attention_model(files.arch, tensors, dtype, plan.model.deterministic, device)
+    _return_freed_memory()
     layout = kv_layout(files.arch, files.identity, plan.block_size, plan.dtype)
     memory = KvMemory(layout, plan.num_blocks)
     executor = TorchExecutor(
@@ -61,6 +66,13 @@ def _prepare(plan: WorkerPlan) -> None:
     torch.set_num_threads(plan.threads)
     if plan.device.startswith("cuda") and not torch.cuda.is_available():
         raise MachineError(f"{plan.name}: device {plan.device!r}, but torch finds no CUDA device; use device: cpu")
+
+
+def _return_freed_memory() -> None:
+    """What the weights took before they were packed lies in many small pieces, which glibc keeps unless it is asked."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 class _NoFeedForwards(LocalDriver):

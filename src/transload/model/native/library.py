@@ -26,7 +26,7 @@ from transload.model.cache import cache_folder, locked
 
 SWITCH = "TRANSLOAD_NATIVE"
 """Environment variable: 0 leaves the kernels alone."""
-SOURCES = ("llama.c", "attention.h", "pool.h", "tiles.h", "vector.h")
+SOURCES = ("llama.c", "attention.h", "pool.h", "stored.h", "tiles.h", "vector.h")
 MAIN = SOURCES[0]
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-w", "-shared", "-fPIC")
 COMPILERS = ("cc", "gcc", "clang")
@@ -131,6 +131,8 @@ class Library:
         self.run_layers = function("run_layers", c_int, c_void_p, POINTER(StepStruct), c_int64, c_int64)
         self.logits = function("logits", None, c_void_p, c_void_p)
         self.first_largest = function("first_largest", None, c_void_p, c_int64, c_int64, c_void_p)
+        self.read_stored = function("read_stored", None, c_int64, c_void_p, c_int64, c_int64, c_void_p)
+        self.unpack_rows = function("unpack_rows", None, linear, c_void_p, c_int64, c_void_p)
         self.lanes: int = function("lanes", c_int64)()
         self.instruction_set: str = function("instruction_set", c_char_p)().decode()
 

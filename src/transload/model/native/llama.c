@@ -9,6 +9,7 @@ at a time. */
 
 #include "attention.h"
 #include "pool.h"
+#include "stored.h"
 
 #define FEW_ROWS 32 /* up to here threads share a layer's outputs, above its rows */
 #define ROWS_TOGETHER 96
@@ -112,16 +113,12 @@ static void rms_norm(const float *x, const float *weight, int64_t size, double e
     for (int64_t i = 0; i < size; i += LANES) store_activation(kind, out, i, load(x + i) * scale * load(weight + i));
 }
 
-static void embed(const struct model *m, int64_t token, float *to) {
-    const int64_t size = m->hidden_size;
-    if (m->embedding) {
-        for (int64_t i = 0; i < size; i += LANES)
-            store(to + i, load_cached(m->kind, (const char *)m->embedding + token * size * (m->kind ? 2 : 4), i));
-        return;
-    }
-    const char *panel = (const char *)m->head.weight + token / PANEL_OUTPUTS * panel_bytes(m->kind, size);
-    const int64_t place = token % PANEL_OUTPUTS;
-    if (m->kind == KIND_FLOAT32) {
+/* A row of packed weights that do not split, as it was. */
+static void unpack_row(const struct linear *linear, int64_t number, float *to) {
+    const int64_t size = linear->num_inputs;
+    const char *panel = (const char *)linear->weight + number / PANEL_OUTPUTS * panel_bytes(linear->kind, size);
+    const int64_t place = number % PANEL_OUTPUTS;
+    if (linear->kind == KIND_FLOAT32) {
         for (int64_t i = 0; i < size; i++) to[i] = ((const float *)panel)[i * PANEL_OUTPUTS + place];
         return;
     }
@@ -131,6 +128,16 @@ static void embed(const struct model *m, int64_t token, float *to) {
         memcpy(to + 2 * i, &low, 4);
         memcpy(to + 2 * i + 1, &high, 4);
     }
+}
+
+static void embed(const struct model *m, int64_t token, float *to) {
+    const int64_t size = m->hidden_size;
+    if (!m->embedding) {
+        unpack_row(&m->head, token, to);
+        return;
+    }
+    for (int64_t i = 0; i < size; i += LANES)
+        store(to + i, load_cached(m->kind, (const char *)m->embedding + token * size * (m->kind ? 2 : 4), i));
 }
 
 /* Norm, rotate and scale one head in place. */
@@ -544,6 +551,13 @@ int64_t transload_packed_bytes(const struct linear *linear) {
     return num_panels(linear) * panel_bytes(linear->kind, linear->num_inputs);
 }
 void transload_pack(const struct linear *linear, const void *rows) { pack(linear, rows); }
+/* Rows of the weights by number, float32 [count, K]. */
+void transload_unpack_rows(const struct linear *linear, const int64_t *numbers, int64_t count, float *out) {
+    for (int64_t i = 0; i < count; i++) unpack_row(linear, numbers[i], out + i * linear->num_inputs);
+}
+void transload_read_stored(int64_t four_bits, const void *from, int64_t num_blocks, int64_t kind, void *to) {
+    read_stored((int)four_bits, from, num_blocks, kind, to);
+}
 int64_t transload_lanes(void) { return LANES; }
 const char *transload_instruction_set(void) { return PAIRED ? INSTRUCTION_SET " with bfloat16 pairs" : INSTRUCTION_SET; }
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import weakref
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from transload.model.native.library import LayerStruct, Library, LinearStruct, load
@@ -15,8 +17,10 @@ from transload.model.native.library import LayerStruct, Library, LinearStruct, l
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _ARENA_BYTES = 64 << 20
 _ALIGNMENT = 64
+_STORED_BITS = {"Q4_1": (True, 20), "Q8_0": (False, 34)}
+"""GGUF kinds that the kernels read: whether a number has four bits, and the bytes of a block of 32."""
 
-__all__ = ["KINDS", "Arena", "LayerStruct", "PackedLinear", "first_largest", "fits"]
+__all__ = ["KINDS", "Arena", "LayerStruct", "PackedLinear", "first_largest", "fits", "read_stored"]
 
 
 class Arena:
@@ -59,6 +63,18 @@ def first_largest(rows_RV: torch.Tensor) -> torch.Tensor | None:
     return found_R
 
 
+def read_stored(stored: npt.NDArray[np.uint8], kind: str, into: torch.Tensor) -> bool:
+    """Fill a contiguous tensor from the blocks of a GGUF tensor; False if this kind is not one the kernels read."""
+    if kind not in _STORED_BITS or into.dtype not in KINDS or (library := load()) is None:
+        return False
+    four_bits, block_bytes = _STORED_BITS[kind]
+    assert stored.flags.c_contiguous, kind
+    assert stored.size * 32 == into.numel() * block_bytes, (kind, stored.size, into.numel())
+    num_blocks = stored.size // block_bytes
+    library.read_stored(four_bits, stored.ctypes.data, num_blocks, KINDS[into.dtype], into.data_ptr())
+    return True
+
+
 class PackedLinear:
     """y = x W^T + b over rows, from packed weights. Immutable once built."""
 
@@ -86,3 +102,14 @@ class PackedLinear:
         y = x.new_empty(x.shape[0], self.struct.num_outputs)
         self._library.multiply(ctypes.byref(self.struct), x.data_ptr(), x.shape[0], y.data_ptr(), None)
         return y
+
+    def rows(self, numbers_T: torch.Tensor) -> torch.Tensor:
+        """float32 [T, in]: rows of the weight by their numbers, int64 [T]. Raises `IndexError` for one that is not
+        there. Not of a weight that splits."""
+        assert self.struct.split == 0, "rows of a split weight lie elsewhere"
+        if len(numbers_T) and not 0 <= int(numbers_T.min()) <= int(numbers_T.max()) < self.struct.num_outputs:
+            raise IndexError(f"a row outside the weight's {self.struct.num_outputs}")
+        numbers_T = numbers_T.contiguous()
+        found = torch.empty(len(numbers_T), self.struct.num_inputs)
+        self._library.unpack_rows(ctypes.byref(self.struct), numbers_T.data_ptr(), len(numbers_T), found.data_ptr())
+        return found

@@ -137,7 +137,7 @@ class NativeRunner:
             KINDS[model.dtype],
             arch.norm_eps,
             self._norm(side.final_norm),
-            side.embedding.data_ptr(),
+            None if side.embedding is None else side.embedding.data_ptr(),
             _struct(side.head),
             self._layers,
         )

@@ -223,27 +223,23 @@ static void multiply(const struct linear *linear, const void *x, int64_t row_byt
     }
 }
 
-/* Fill `linear->weight` from rows [N, K] of the same kind. */
+#define PACK_INPUTS 32 /* of a row at once: a panel's part then stays in the first-level cache while it fills */
+
+/* Fill `linear->weight`, which is zero, from rows [N, K] of the same kind. */
 static void pack(const struct linear *linear, const void *rows) {
-    const int64_t n = linear->num_outputs, k = linear->num_inputs;
-    const int64_t limit = linear->split ? linear->split : n;
+    const int64_t n = linear->num_outputs, k = linear->num_inputs, words = linear->kind == KIND_FLOAT32 ? k : k / 2;
     for (int64_t panel = 0; panel < num_panels(linear); panel++) {
-        char *to = (char *)linear->weight + panel * panel_bytes(linear->kind, k);
-        for (int v = 0; v < PANEL_VECTORS; v++)
-            for (int lane = 0; lane < LANES; lane++) {
-                const int64_t output = first_output(linear->split, panel, v) + lane;
-                const int present = output < n && (v >= PANEL_VECTORS / 2 || !linear->split || output < limit);
-                if (linear->kind == KIND_FLOAT32) {
-                    float *place = (float *)to + v * LANES + lane;
-                    const float *from = (const float *)rows + output * k;
-                    for (int64_t i = 0; i < k; i++) place[i * PANEL_OUTPUTS] = present ? from[i] : 0.0f;
-                } else {
-                    uint32_t *place = (uint32_t *)to + v * LANES + lane;
-                    const uint16_t *from = (const uint16_t *)rows + output * k;
-                    for (int64_t i = 0; i < k / 2; i++)
-                        place[i * PANEL_OUTPUTS] = present ? from[2 * i] | (uint32_t)from[2 * i + 1] << 16 : 0;
-                }
+        uint32_t *to = (uint32_t *)((char *)linear->weight + panel * panel_bytes(linear->kind, k));
+        for (int64_t low = 0; low < words; low += PACK_INPUTS) {
+            const int64_t high = low + PACK_INPUTS < words ? low + PACK_INPUTS : words;
+            for (int place = 0; place < PANEL_OUTPUTS; place++) {
+                const int v = place / LANES;
+                const int64_t output = first_output(linear->split, panel, v) + place % LANES;
+                if (output >= n || (linear->split && v < PANEL_VECTORS / 2 && output >= linear->split)) continue;
+                const char *from = (const char *)rows + output * words * 4; /* numbers, or pairs of them */
+                for (int64_t i = low; i < high; i++) memcpy(&to[i * PANEL_OUTPUTS + place], from + 4 * i, 4);
             }
+        }
     }
 }
 
