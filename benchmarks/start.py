@@ -87,7 +87,7 @@ def once(topology: str) -> dict[str, Any]:
         try:
             first_token(port, process)
             seconds = time.perf_counter() - started
-            memory = {name: size for name, size in memory_of(process.pid)}
+            memory = dict(memory_of(process.pid))
         finally:
             process.terminate()
             process.wait(60)
