@@ -99,6 +99,30 @@ def test_the_same_seed_asks_for_the_same(tmp_path: Path) -> None:
     assert bodies[0] != bodies[2]
 
 
+def test_a_run_becomes_a_page_and_tables(tmp_path: Path) -> None:
+    page, tables = tmp_path / "page.html", tmp_path / "tables"
+    with server_in_thread(serving(answer_in_full)) as url:
+        words = (url, "--rate", "500", "--requests", "9", "--output", "4")
+        assert command(*words, "--html", str(page), "--csv", str(tables)) == 0
+    text = page.read_text()
+    assert '"simulated":false' in text
+    assert '"num_successful":9' in text
+    assert len((tables / "requests.csv").read_text().splitlines()) == 1 + 9
+    assert len((tables / "summary.csv").read_text().splitlines()) == 1 + 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--html", "nowhere/page.html"), "--html nowhere/page.html: the folder .* does not exist"),
+        (("--html", "page.html", "--event-log", "nowhere"), "--event-log nowhere: no such folder"),
+    ],
+)
+def test_what_could_not_be_shown_after_the_run_is_refused_before_it(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(DeploymentError, match=message):
+        command("http://127.0.0.1:9", *words)
+
+
 def test_json_on_stdout_is_nothing_but_json_and_the_table_goes_to_stderr(
     capfdbinary: pytest.CaptureFixture[bytes],
 ) -> None:

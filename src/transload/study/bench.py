@@ -107,6 +107,10 @@ def run_bench(bench: Bench) -> int:
     """
     check_output_path("--json", bench.json_path)
     check_output_path("--html", bench.html_path)
+    if bench.event_log is not None and not bench.event_log.is_dir():
+        raise DeploymentError(
+            f"--event-log {bench.event_log}: no such folder; start the server with `transload serve --event-log` first"
+        )
     _allow_many_connections()
     console = Console(stderr=bench.json_path == "-", highlight=False)
     try:

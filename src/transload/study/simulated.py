@@ -366,10 +366,14 @@ class ClusterCost:
         return self._ports.setdefault(key, Port(rate))
 
     def message_seconds(self) -> float:
-        return MESSAGE_SECONDS
+        """As it was measured, where it was."""
+        measured = [pool.chip.measured for pool in self._cluster.pools if pool.chip.measured is not None]
+        return max((each.message_seconds for each in measured), default=MESSAGE_SECONDS)
 
     def start_seconds(self, worker: WorkerId) -> float:
         pool = self._pools[worker]
+        if pool.chip.measured is not None:
+            return pool.chip.measured.load_seconds
         share = share_of_chip(self._cluster.card, pool.spec.parallel, self._cluster.precision)
         return share.weight_bytes / LOAD_BYTES_PER_SECOND
 
