@@ -102,8 +102,9 @@ contexts say what a request costs; weights, FFN calls (experts balanced, as in t
 the cost model's.
 
 A split wins where M / (M + N) > 1 / x, x being the tokens a second of an attention die over those of an unsplit one. At
-48A16F M / (M + N) is 0.75, at 64A16F 0.80: whatever is assumed, the second is better, and 1 / x lies near the two. What
-decides the sign at 32K is how fast a die reads its 16 experts a layer, which nobody has published, so it is a row each.
+48A16F M / (M + N) is 0.75, at 64A16F 0.80: whatever is assumed, the second is better, and at 16K 1 / x lies at the two,
+so that the sign of each is a matter of a few percent. At 32K it hangs on how fast a die reads its 16 experts a layer,
+which nobody has published, so it is a row each; *cost model* is the curve fitted on GPUs, for 8 bits.
 The published gap between the two ratios (17 and 21 % a die) is larger than 0.80 / 0.75 allows at equal batch and step:
 something else differed between the two runs that the model does not see.
 """

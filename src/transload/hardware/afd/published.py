@@ -6,6 +6,7 @@ with them are read only to be printed beside ours. Nothing here is fitted to the
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from transload.hardware.afd.memory import attention_memory
 from transload.hardware.afd.pipeline import Hop, LayerTimes, Pipeline, step_seconds
 from transload.hardware.afd.stages import SplitWorker, Wire
 from transload.hardware.catalog import load_chip, load_model
+from transload.hardware.cost.efficiency import Efficiency
 from transload.hardware.cost.shape import StepShape
 from transload.hardware.cost.worker import WorkerCost
 from transload.hardware.parallel import Parallel
@@ -229,7 +231,8 @@ class AscendAssumptions(msgspec.Struct, frozen=True, kw_only=True):
     memory_share: float | None = None
     """Of a die's memory, for weights and KV; None: the cost model's."""
     ffn_memory_share: float | None = None
-    """Share of the memory bandwidth at which an FFN die reads its experts; None: the cost model's."""
+    """Share of the memory bandwidth at which an FFN die reads its experts, at about 20 rows an expert far from where
+    arithmetic would limit; None: the cost model's curve, which was fitted on GPUs."""
 
 
 class AscendResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -316,7 +319,8 @@ class _AscendModel:
         """What the exchange and the experts add to an unsplit step a request."""
 
         def spent(batch: int) -> float:
-            shape = StepShape(num_decode=batch * self.dies, decode_context_tokens=batch * self.dies)
+            rows = self._balanced_rows(batch * self.dies, self.dies)
+            shape = StepShape(num_decode=rows, decode_context_tokens=rows)
             kinds = ("grouped_gemm", "all_to_all")
             return sum(time.seconds for time in self.unsplit.breakdown(shape) if time.kind in kinds)
 
@@ -331,18 +335,35 @@ class _AscendModel:
             batch, batch, attention_workers=split.attention_workers, micro_batches=self.micro_batches
         )
         rows = -(-batch // self.micro_batches)
-        layer = pipeline.layers[0]
-        weights_only = worker.attention_layer_seconds(1, 1)
-        attention = weights_only + rows * attention_row / self.card.num_layers
-        ffn = layer.ffn_seconds * self._ffn_factor()
-        layer = msgspec.structs.replace(layer, attention_seconds=attention, ffn_seconds=ffn)
+        merged = self._balanced_rows(rows * split.attention_workers, split.ffn_workers)
+        layer = msgspec.structs.replace(
+            pipeline.layers[0],
+            attention_seconds=worker.attention_layer_seconds(1, 1) + rows * attention_row / self.card.num_layers,
+            ffn_seconds=worker.ffn_layer_seconds(merged, direct=True),
+        )
         return step_seconds(msgspec.structs.replace(pipeline, layers=(layer,)))
 
-    def _ffn_factor(self) -> float:
-        if self.assumed.ffn_memory_share is None:
-            return 1.0
-        curves = self.unsplit.efficiency.grouped_gemm
-        return (curves.get("int8") or curves.get("fp8") or curves["bf16"]).memory / self.assumed.ffn_memory_share
+    def _balanced_rows(self, num_rows: int, dies: int) -> int:
+        """Experts were balanced by force; the cost model gives the busiest of `dies` what chance gives it on top of the
+        mean. The number of rows whose busiest die gets the mean of `num_rows`."""
+        experts = self.card.experts
+        assert experts is not None
+        mean = num_rows * experts.per_token / dies
+        spread = math.sqrt(2 * math.log(dies))
+        imbalance = self.unsplit.efficiency.routing.imbalance
+        root = (-spread + math.sqrt(spread**2 + 4 * imbalance * mean)) / (2 * imbalance)
+        return max(1, round(num_rows * root**2 / mean))
+
+    def _efficiency(self) -> Efficiency:
+        """The cost model's, or one that reads experts at the share that was assumed and waits for nothing else."""
+        efficiency, share = self.unsplit.efficiency, self.assumed.ffn_memory_share
+        if share is None:
+            return efficiency
+        curves = {
+            name: msgspec.structs.replace(curve, memory=share, compute=1.0, half=0.0)
+            for name, curve in efficiency.grouped_gemm.items()
+        }
+        return msgspec.structs.replace(efficiency, grouped_gemm=curves)
 
     def _split_worker(self, ffn_dies: int) -> SplitWorker:
         port = self.chip.need("scale_up.bandwidth").value
@@ -357,6 +378,7 @@ class _AscendModel:
             ),
             ffn_parallel=Parallel(data_attention=ffn_dies, expert=ffn_dies),
             precision=self.precision,
+            ffn_efficiency=self._efficiency(),
         )
 
 

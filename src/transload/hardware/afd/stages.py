@@ -15,6 +15,7 @@ from transload.errors import DeploymentError
 from transload.hardware.afd.memory import SideMemory, attention_memory, ffn_memory
 from transload.hardware.afd.pipeline import Hop, LayerTimes, Pipeline, Split, step_seconds
 from transload.hardware.chip import Chip
+from transload.hardware.cost.efficiency import Efficiency
 from transload.hardware.cost.shape import StepShape
 from transload.hardware.cost.worker import WorkerCost
 from transload.hardware.link import LinkKind
@@ -69,10 +70,14 @@ class SplitWorker:
         precision: Precision | None = None,
         engine: str = "generic",
         split: Split = "replica",
+        ffn_efficiency: Efficiency | None = None,
     ) -> None:
-        """Raises `DeploymentError` if a side does not fit its chips or cannot be split so, or a number is unknown."""
+        """Raises `DeploymentError` if a side does not fit its chips or cannot be split so, or a number is unknown.
+
+        `ffn_efficiency` replaces the committed parameters of the FFN chip's class.
+        """
         self.card, self.wire, self.split = card, wire, split
-        self.ffn_chip, self.engine = ffn_chip, engine
+        self.ffn_chip, self.engine, self.ffn_efficiency = ffn_chip, engine, ffn_efficiency
         self.precision = precision or card.precision
         self.attention_parallel = attention_parallel or Parallel()
         self.ffn_parallel = ffn_parallel or Parallel()
@@ -82,7 +87,7 @@ class SplitWorker:
         self.attention = WorkerCost(
             attention_chip, card, self.attention_parallel, self.precision, engine, scope="attention"
         )
-        self.ffn = WorkerCost(ffn_chip, card, stage, self.precision, engine, scope="ffn")
+        self.ffn = WorkerCost(ffn_chip, card, stage, self.precision, engine, scope="ffn", efficiency=ffn_efficiency)
         self._parts: dict[int, WorkerCost] = {1: self.ffn}
         self.attention_memory: SideMemory = attention_memory(
             attention_chip, card, self.attention_parallel, self.precision
@@ -141,7 +146,15 @@ class SplitWorker:
                 )
             else:
                 stage = msgspec.structs.replace(stage, tensor=stage.tensor * parts)
-            found = WorkerCost(self.ffn_chip, self.card, stage, self.precision, self.engine, scope="ffn")
+            found = WorkerCost(
+                self.ffn_chip,
+                self.card,
+                stage,
+                self.precision,
+                self.engine,
+                scope="ffn",
+                efficiency=self.ffn_efficiency,
+            )
             self._parts[parts] = found
         return found
 
