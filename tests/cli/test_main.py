@@ -18,6 +18,7 @@ DEPLOYMENT = "--deterministic --dtype --host --load-format --model --port --set 
 FROZEN = {
     "serve": f"--ask --event-log --once {DEPLOYMENT}",
     "chat": "--api-key --ask --max-tokens --model --system --temperature URL",
+    "split": "--api-key TOPOLOGY URL",
     "bench": (
         "--api-key --arrivals --attainment --body --concurrency --csv --cv --duration --end --endpoint "
         "--event-log --html --ids --input --input-cv --json --model --no-ignore-eos --output --output-cv --prompt "

@@ -12,6 +12,7 @@ from typing import Literal
 
 from transload.arch import ModelArch
 from transload.control.messages import FinishReason, Request, RequestId, Token, TokenLogprobs
+from transload.errors import RequestError
 from transload.runtime.base import Finished, RequestStream, ServedModel, Stage, Waterfall
 
 EOS = 256
@@ -246,6 +247,11 @@ class FakeBackend:
                 Stage(name="decode", worker="decode-0", start_seconds=0.1, seconds=0.4, detail={"bytes": 10}),
             ),
         )
+
+    async def change_split(self, topology: str) -> dict[str, object]:
+        if topology != "1p1a1f":
+            raise RequestError(f"split {topology}: no", param="topology", code="invalid_split")
+        return {"topology": topology, "seconds": 0.5, "memory_bytes": {"decode-0": 1 << 20}}
 
     def status(self) -> dict[str, object]:
         return {"workers": {"decode-0": "up"}}

@@ -180,3 +180,12 @@ def test_a_bug_on_a_slow_path_is_a_500_in_openais_form(serve: Serve, caplog: pyt
 def test_strange_paths_are_just_not_found(server: RunningServer) -> None:
     for path in ("/%ff%00", "//", "/v1/models/%2e%2e/x", "/requests/", "/" + "x" * 5000):
         assert server.get(path).status_code == 404
+
+
+def test_the_split_can_be_changed(server: RunningServer) -> None:
+    answer = server.post("/admin/split", json={"topology": "1p1a1f"})
+    assert answer.status_code == 200
+    assert answer.json()["topology"] == "1p1a1f"
+    refused = server.post("/admin/split", json={"topology": "9p9d"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_split")
+    assert server.post("/admin/split", json={"topo": "1p1d"}).status_code == 400

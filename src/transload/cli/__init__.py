@@ -30,6 +30,7 @@ from transload.cli import (
     report,
     serve,
     simulate,
+    split,
     validate,
     worker,
 )
@@ -38,6 +39,7 @@ from transload.errors import TransloadError
 COMMANDS = (
     serve,
     chat,
+    split,
     bench,
     simulate,
     explain,

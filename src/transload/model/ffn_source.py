@@ -54,7 +54,9 @@ class TorchFfnSource:
         self._loaded: LocalDriver | None = None
 
     def open_remote(self, hop: HopPlan, me: Party, report: HopReport) -> None:
-        assert self._remote is None, "one set of FFN workers at a time"
+        if self._remote is not None:  # from a change that came to nothing
+            assert self._executor.driver is not self._remote, "one set of FFN workers at a time"
+            self._remote.close()
         arch, split = self._files.arch, hop.split
         row_bytes = arch.hidden_size * self._model.dtype.itemsize
         slots_per_row = arch.experts.per_token if arch.experts is not None else 1

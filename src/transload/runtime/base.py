@@ -160,6 +160,11 @@ class Backend(Protocol):
         """Of a live or recently ended request; None if unknown."""
         ...
 
+    async def change_split(self, topology: str) -> dict[str, object]:
+        """Move the feed-forwards to where `topology` says, with requests under way. Returns what it took. Raises
+        `RequestError`, and then all is as it was."""
+        ...
+
     def status(self) -> dict[str, object]:
         """Workers, pools and links in words, for /health."""
         ...

@@ -94,14 +94,26 @@ class FfnPools:
         self._unlink(remote.name)
         self._is_remote[remote.name] = remote.plan.hop is not None
         if hop is not None:
-            self.open(remote, hop)
+            self.open(remote)
             if remote.plan.hop is None:  # it was started before the split was changed
                 remote.send(SwitchFfn(True))
         elif remote.plan.hop is not None:
             remote.send(SwitchFfn(False))
 
-    def open(self, remote: RemoteWorker, hop: HopPlan) -> None:
+    def is_remote(self, name: WorkerId) -> bool:
+        """Whether an attention worker has its feed-forwards computed elsewhere, as far as it has said."""
+        return self._is_remote.get(name, False)
+
+    def forget(self, name: WorkerId) -> None:
+        """The worker will not come back."""
+        self._unlink(name)
+        self._counts.pop(name, None)
+        self._num_losses.pop(name, None)
+
+    def open(self, remote: RemoteWorker) -> None:
         """Tell an attention worker of its FFN workers."""
+        hop = self._plans[remote.name].hop
+        assert hop is not None, f"{remote.name} calls nobody"
         if not self._is_remote.get(remote.name, False):
             remote.send(OpenHop(hop))
         for ffn in self._ffn_workers(hop):

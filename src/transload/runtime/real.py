@@ -37,10 +37,13 @@ from transload.control.messages import (
     WorkerId,
     WorkerJoined,
 )
+from transload.deploy.placement import place
 from transload.deploy.plan import Placement, WorkerPlan
-from transload.errors import OverCapacity, RequestError, WorkerLost
+from transload.deploy.resplit import resplit
+from transload.errors import DeploymentError, OverCapacity, RequestError, WorkerLost
 from transload.runtime.base import Finished, ServedModel, Waterfall
 from transload.runtime.event_log import EventLog
+from transload.runtime.ffn_move import FfnMove
 from transload.runtime.ffn_pools import FfnPools
 from transload.runtime.records import waterfall
 from transload.runtime.remote import RemoteWorker
@@ -104,6 +107,8 @@ class RealRuntime:
         self.model = model
         self._join = join
         self.controller = Controller(config)
+        self._placement = placement
+        self._origin = placement.deployment
         self._plans = {WorkerId(plan.name): plan for plan in placement.workers}
         self.observe: Observer | None = None
         """Called with every event before, and every command after, the controller handles it."""
@@ -125,6 +130,7 @@ class RealRuntime:
         self._restarts: set[asyncio.Task[None]] = set()
         self._refusal: Reject | None = None
         self.num_restarts = 0
+        self._moving = asyncio.Lock()
         self._ffn_pools = FfnPools(self._plans, self._remotes, restart=self._restart_later, changed=self._changed)
 
     # -- Backend ------------------------------------------------------------------------------------------------------
@@ -168,6 +174,30 @@ class RealRuntime:
             "waiting": self.controller.num_waiting,
             "restarts": self.num_restarts,
         }
+
+    async def change_split(self, topology: str) -> dict[str, object]:
+        """See `Backend`."""
+        if self._moving.locked():
+            raise RequestError("the split is being changed already", status=409, code="split_changing")
+        async with self._moving:
+            try:
+                wanted = resplit(self._placement.deployment, topology, self._origin)
+                placement = place(wanted, self._placement.machine, self.model.arch)
+            except DeploymentError as error:
+                raise RequestError(str(error), param="topology", code="invalid_split") from None
+            started = time.monotonic()
+            move = FfnMove(self._ffn_pools, self._plans, self._remotes, self._launch_first, self._changed)
+            try:
+                await move.run({WorkerId(plan.name): plan for plan in placement.workers})
+            except WorkerLost as error:
+                raise RequestError(str(error), status=503, code="split_failed") from None
+            self._placement = placement
+            switched = self._ffn_pools.last_switch
+            return {
+                "topology": topology,
+                "seconds": time.monotonic() - started,
+                "memory_bytes": {name: word.memory_bytes for name, word in sorted(switched.items())},
+            }
 
     # -- the controller -----------------------------------------------------------------------------------------------
 
@@ -287,6 +317,9 @@ class RealRuntime:
         )
         await remote.start(self.join_address)
         return remote
+
+    async def _launch_first(self, name: WorkerId) -> RemoteWorker:
+        return await self._launch(name, 1)
 
     def _accept(self) -> asyncio.Protocol:
         return RemoteWorker.greet(self._token, self._remotes)

@@ -16,7 +16,7 @@ from transload.server.bodies import BodyReader, parse_body
 from transload.server.generation import Ledger, check_model
 from transload.server.metrics import Metrics
 from transload.server.prompts import Prompts
-from transload.server.schema import DetokenizeBody, TokenizeBody
+from transload.server.schema import DetokenizeBody, SplitBody, TokenizeBody
 from transload.server.tokens import Tokenizer
 
 
@@ -50,6 +50,7 @@ class Routes:
             Route("/ready", self.ready),
             Route("/metrics", self.metrics),
             Route("/requests/{name:path}", self.request),
+            Route("/admin/split", self.split, methods=["POST"]),
         ]
 
     async def models(self, _request: Request) -> Response:
@@ -112,6 +113,11 @@ class Routes:
                 code="request_not_found",
             )
         return json_response({"id": name, "object": "request", "choices": waterfalls})
+
+    async def split(self, request: Request) -> Response:
+        """Move feed-forwards to workers of their own, or back, with requests under way."""
+        body = parse_body(await self._body(request), SplitBody)
+        return json_response(await self._backend.change_split(body.topology))
 
     async def _body(self, request: Request) -> bytes:
         return await self._bodies.read(request.scope, request.receive)

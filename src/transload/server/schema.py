@@ -106,6 +106,12 @@ class TokenizeBody(Body, kw_only=True):
     return_token_strs: bool | None = None
 
 
+class SplitBody(Body, kw_only=True):
+    """Where feed-forwards are to be computed, as `serve --topology` takes it."""
+
+    topology: str
+
+
 class DetokenizeBody(Body, kw_only=True):
     tokens: list[int]
 
