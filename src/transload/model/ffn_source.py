@@ -6,7 +6,6 @@ steps. Never decides which of them is right: the front end says so.
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable
 
@@ -28,6 +27,7 @@ from transload.model.ffn_pieces import (
     pieces_of,
 )
 from transload.model.ffn_side import FfnSide
+from transload.model.freeing import give_back_memory
 from transload.model.inventory import expert_of, is_feed_forward, layer_of
 from transload.model.layer_driver import LocalDriver
 from transload.model.llama import FeedForwardLayer, LlamaModel
@@ -93,6 +93,7 @@ class TorchFfnSource:
 
     def load(self) -> None:
         self._loaded = LocalDriver(load_feed_forwards(self._plan, self._files))
+        give_back_memory()
 
     def switch(self, *, remote: bool) -> None:
         if remote:
@@ -106,7 +107,7 @@ class TorchFfnSource:
             if self._remote is not None:
                 self._remote.close()
                 self._remote = None
-        gc.collect()  # weights are large, and nothing else would make it run soon
+        give_back_memory()
 
     def counts(self) -> dict[str, float]:
         remote = self._remote

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import sys
-
 import torch
 
 from transload.control.messages import Chunk, Request, RequestId, RunStep, Sampling
@@ -16,6 +12,7 @@ from transload.model.checkpoint import load_tensors
 from transload.model.executor import TorchExecutor
 from transload.model.ffn_side import FfnSide
 from transload.model.ffn_source import TorchFfnSource, build_side
+from transload.model.freeing import give_back_memory
 from transload.model.inventory import is_feed_forward
 from transload.model.layer_driver import LocalDriver
 from transload.model.llama import FfnCall
@@ -39,7 +36,7 @@ def build_executor(plan: WorkerPlan) -> tuple[TorchExecutor, KvMemory, TorchFfnS
     else:
         tensors = load_tensors(files, dtype, lambda name: not is_feed_forward(name))
         model = build_attention_model(files.arch, tensors, dtype, plan.model.deterministic, device)
-    _return_freed_memory()
+    give_back_memory()
     layout = kv_layout(files.arch, files.identity, plan.block_size, plan.dtype)
     memory = KvMemory(layout, plan.num_blocks)
     executor = TorchExecutor(
@@ -59,20 +56,15 @@ def build_executor(plan: WorkerPlan) -> tuple[TorchExecutor, KvMemory, TorchFfnS
 def build_ffn(plan: WorkerPlan) -> FfnSide:
     """Load the feed-forwards of an FFN worker, and nothing else. Raises as `build_executor`."""
     _prepare(plan)
-    return build_side(plan, locate(plan.model))
+    side = build_side(plan, locate(plan.model))
+    give_back_memory()
+    return side
 
 
 def _prepare(plan: WorkerPlan) -> None:
     torch.set_num_threads(plan.threads)
     if plan.device.startswith("cuda") and not torch.cuda.is_available():
         raise MachineError(f"{plan.name}: device {plan.device!r}, but torch finds no CUDA device; use device: cpu")
-
-
-def _return_freed_memory() -> None:
-    """What the weights took before they were packed lies in many small pieces, which glibc keeps unless it is asked."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 class _NoFeedForwards(LocalDriver):

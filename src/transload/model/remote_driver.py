@@ -41,6 +41,7 @@ from transload.control.messages import WorkerId
 from transload.errors import HandoffError, WorkerLost
 from transload.model.batch import Batch
 from transload.model.ffn_pieces import CutCall, Cutter, PieceFunctions, compute_pieces
+from transload.model.freeing import give_back_memory
 from transload.model.llama import AttentionSide, LayerCalls
 from transload.transfer.ffn_callers import CallerUp, FfnCallers, HopReport
 from transload.transfer.ffn_link import ArrivedAnswer, CallerEnd, CallFrame, SlotSizes
@@ -311,6 +312,7 @@ class RemoteDriver:
             self._admit(time.monotonic())
         if self._own and not self._pieces.difference(*self._client.owned):
             self._own.clear()  # others have the weights again
+            give_back_memory()
 
     def _admit(self, now: float) -> None:
         for news in self._callers.news():
