@@ -150,7 +150,7 @@ def search(question: Question) -> Answer:
         verdict=_verdict(question, best, other, gain),
         refused=tuple(refused),
         assumptions=tuple(dict.fromkeys((*_assumed(question), *worker.attention.assumptions, *worker.ffn.assumptions))),
-        interval=worker.attention.interval,
+        interval=_interval(worker),
         events_seconds=None if best is None else _played(question, best),
     )
 
@@ -376,6 +376,12 @@ def _usd_per_hour(chip: Chip) -> float:
 
 def _watts(chip: Chip) -> float:
     return watts_of(chip).busy
+
+
+def _interval(worker: SplitWorker) -> tuple[float, float]:
+    """Of the two sides the wider."""
+    sides = (worker.attention.interval, worker.ffn.interval)
+    return min(low for low, _ in sides), max(high for _, high in sides)
 
 
 def _assumed(question: Question) -> list[str]:

@@ -48,8 +48,11 @@ def headings(question: Question) -> list[str]:
 def ratios_table(candidates: tuple[Candidate, ...]) -> Table:
     """One line a ratio."""
     table = Table(box=None, pad_edge=False, header_style="bold")
+    priced = all(each.per_usd is not None for each in candidates)
+    powered = all(each.per_joule is not None for each in candidates)
+    extra = [name for name, known in (("tok/$", priced), ("tok/J", powered)) if known]
     for name in ("A chips", "F chips", "A worker", "F worker", "micro-batches", "batch", "TPOT", "tok/s/chip",
-                 "exposed", "A idle", "F idle", "waits for", "batch ends at"):  # fmt: skip
+                 *extra, "exposed", "A idle", "F idle", "waits for", "batch ends at"):  # fmt: skip
         table.add_column(name, justify="left" if name in ("A worker", "F worker", "waits for") else "right")
     for each in candidates:
         table.add_row(
@@ -61,6 +64,8 @@ def ratios_table(candidates: tuple[Candidate, ...]) -> Table:
             f"{each.batch}",
             f"{each.tpot_seconds * 1e3:.1f} ms",
             f"{each.per_chip:,.0f}",
+            *([f"{each.per_usd:,.0f}"] if priced and each.per_usd is not None else []),
+            *([f"{each.per_joule:,.2f}"] if powered and each.per_joule is not None else []),
             f"{each.exposed_share:.1%}",
             f"{each.attention_bubble:.0%}",
             f"{each.ffn_bubble:.0%}",
@@ -79,9 +84,11 @@ def _short(parallel: Parallel) -> str:
 
 def describe_unsplit(unsplit: Unsplit) -> str:
     """One line."""
+    usd = "" if unsplit.per_usd is None else f", {unsplit.per_usd:,.0f} tok/$"
+    joule = "" if unsplit.per_joule is None else f", {unsplit.per_joule:,.2f} tok/J"
     return (
         f"unsplit: {unsplit.parallel.num_chips} x {unsplit.chip} ({describe_split(unsplit.parallel)}), batch "
-        f"{unsplit.batch}, {unsplit.tpot_seconds * 1e3:.1f} ms a token, {unsplit.per_chip:,.0f} tok/s/chip"
+        f"{unsplit.batch}, {unsplit.tpot_seconds * 1e3:.1f} ms a token, {unsplit.per_chip:,.0f} tok/s/chip{usd}{joule}"
     )
 
 
