@@ -24,8 +24,6 @@ from torch.nn import functional
 from transload.model.kv_cache import IntArray, KvCache
 
 _TILE_SCORE_ROWS = 1152  # heads x rows of a prompt tile: scores of a tile then stay in the second-level cache
-_PADDED_BLOCKS = 48  # a group is closed when padding would gather this many blocks in vain: a group's fixed cost
-_MIN_QUANTUM = 32  # keys
 ALIGNED_ROWS = 16  # rows of a deterministic query tile
 _ALIGNED_KEYS = 64  # deterministic key counts are multiples of this
 
@@ -108,15 +106,34 @@ class Gather:
         torch.index_select(pieces, 0, self._numbers, out=self._gathered)
 
 
+class Padding:
+    """How much decode rows are padded so that they share a multiplication, and its shape stays for a while."""
+
+    __slots__ = ("blocks_in_vain", "least_keys", "steps_an_octave")
+
+    def __init__(self, *, blocks_in_vain: int, least_keys: int, steps_an_octave: int) -> None:
+        self.blocks_in_vain = blocks_in_vain  # a group is closed when padding would gather so many: its fixed cost
+        self.least_keys = least_keys
+        self.steps_an_octave = steps_an_octave  # so many lengths between one power of two and the next
+
+
+CPU_PADDING = Padding(blocks_in_vain=48, least_keys=32, steps_an_octave=8)
+"""oneDNN compiles a kernel for each new shape, 0.4 ms a multiplication: with the exact length, every step would."""
+GPU_PADDING = Padding(blocks_in_vain=4096, least_keys=128, steps_an_octave=2)
+"""A shape is recorded as a graph, which takes as long as several steps: there must be few of them."""
+
+
 class Site:
     """What all parts of a worker's steps have in common."""
 
-    __slots__ = ("cache", "fuses_prompts", "heads", "scratch")
+    __slots__ = ("cache", "fuses_prompts", "heads", "is_gpu", "padding", "scratch")
 
     def __init__(self, heads: Heads, cache: KvCache, *, sinks: bool = False) -> None:
         self.heads = heads
         self.cache = cache
-        self.fuses_prompts = cache.tensor.device.type != "cpu" and not sinks  # torch's fused kernel knows no sinks
+        self.is_gpu = cache.tensor.device.type != "cpu"
+        self.padding = GPU_PADDING if self.is_gpu else CPU_PADDING
+        self.fuses_prompts = self.is_gpu and not sinks  # torch's fused kernel knows no sinks
         self.scratch = Scratch(cache.tensor.dtype, cache.tensor.device)
 
     def bias(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -135,15 +152,15 @@ class DecodeGroup:
         self.rows = slice(spans[0].first_row, spans[0].first_row + len(spans))
         firsts = [_first_key(span.start, window) // size for span in spans]
         longest = max(span.start // size + 1 - first for span, first in zip(spans, firsts, strict=True))
-        num_blocks = _rounded_up(longest, size)
+        num_blocks = _rounded_up(longest, size, site.padding)
         blocks_BN = np.empty((len(spans), num_blocks), dtype=np.int64)
         for row, (span, first) in enumerate(zip(spans, firsts, strict=True)):
             own = span.blocks[first : span.start // size + 1]
             blocks_BN[row, : len(own)] = own
             blocks_BN[row, len(own) :] = own[0]  # any block of finite numbers; its weight will be zero
         self._gather = Gather(site.cache, blocks_BN, site.scratch)
-        whole = site.cache.tensor.device.type != "cpu"
-        self._first_biased, hidden_B1S = _hidden_keys(spans, firsts, num_blocks * size, size, window, whole=whole)
+        num_keys = num_blocks * size
+        self._first_biased, hidden_B1S = _hidden_keys(spans, firsts, num_keys, size, window, whole=site.is_gpu)
         self._bias_B1S = site.bias(hidden_B1S) if hidden_B1S.numel() else None
 
     def inputs(self) -> list[torch.Tensor]:
@@ -284,7 +301,8 @@ class AttentionPlan:
                 self.parts += [AlignedTile(span, tile, site, window) for tile in tiles]
             return
         num_decodes = sum(span.num_rows == 1 for span in spans)
-        for group in _length_groups(spans[:num_decodes], site.cache.layout.block_size, window):
+        size = site.cache.layout.block_size
+        for group in _length_groups(spans[:num_decodes], size, window, site.padding.blocks_in_vain):
             self.parts.append(DecodeGroup(group, site, window))
         prompt = FlashPrompt if site.fuses_prompts else PromptTiles
         for span in spans[num_decodes:]:
@@ -347,17 +365,15 @@ def _hidden_keys(
     return first, torch.from_numpy(hidden[:, None, :])
 
 
-def _rounded_up(num_blocks: int, size: int) -> int:
-    """A number of blocks that a growing context keeps for a while, at most an eighth (or 32 keys) too many.
-
-    oneDNN compiles a kernel for each new shape, 0.4 ms a multiplication: with the exact length, every step would.
-    """
+def _rounded_up(num_blocks: int, size: int, padding: Padding) -> int:
+    """A number of blocks that a growing context keeps for a while."""
     num_keys = num_blocks * size
-    quantum = max(1, max(_MIN_QUANTUM, (1 << num_keys.bit_length()) // 16) // size)
-    return -(-num_blocks // quantum) * quantum
+    quantum = max(padding.least_keys, (1 << num_keys.bit_length()) // (2 * padding.steps_an_octave))
+    blocks_a_quantum = max(1, quantum // size)
+    return -(-num_blocks // blocks_a_quantum) * blocks_a_quantum
 
 
-def _length_groups(spans: Sequence[Span], size: int, window: int | None) -> list[Sequence[Span]]:
+def _length_groups(spans: Sequence[Span], size: int, window: int | None, blocks_in_vain: int) -> list[Sequence[Span]]:
     """Cut spans, longest first, where padding to the group's longest would cost more than another group."""
     groups: list[Sequence[Span]] = []
     begin, padded, longest = 0, 0, 0
@@ -366,7 +382,7 @@ def _length_groups(spans: Sequence[Span], size: int, window: int | None) -> list
         if place == begin:
             longest = num_blocks
         padded += max(0, longest - num_blocks)
-        if padded > _PADDED_BLOCKS:
+        if padded > blocks_in_vain:
             groups.append(spans[begin:place])
             begin, padded, longest = place, 0, num_blocks
     if begin < len(spans):

@@ -12,7 +12,7 @@ from time import perf_counter
 
 import torch
 
-from transload.control.messages import Chunk, RunStep, Sampled, StepDone
+from transload.control.messages import Chunk, Request, RunStep, Sampled, StepDone
 from transload.model.batch import Batch, BatchBuilder
 from transload.model.kv_cache import KvCache
 from transload.model.layer_driver import LayerDriver, LayerReports, LocalDriver, cut
@@ -21,7 +21,7 @@ from transload.model.native.runner import NativeRunner
 from transload.model.rope import RotaryEmbedding
 from transload.model.sampler import Sampler
 from transload.model.staging import HostStage
-from transload.model.step_graphs import StepGraphs
+from transload.model.step_graphs import RECORDED_KEYS, StepGraphs, batch_sizes
 from transload.transfer.layout import KvLayout
 
 DEFAULT_LAYERS_PER_FRAME = 4
@@ -98,6 +98,22 @@ class TorchExecutor:
         self._model.feed_forwards = driver.feed_forwards if isinstance(driver, LocalDriver) else ()
         self._find_short_cuts()
 
+    @torch.inference_mode()
+    def record_steps(self, request: Request, max_batch: int) -> None:
+        """Where decode steps are recorded, do so now for the usual shapes, with a request whose KV lies in the first
+        blocks of an empty cache."""
+        if self._graphs is None:
+            return
+        size = self.layout.block_size
+        for num_keys in RECORDED_KEYS:
+            if num_keys > self.num_blocks * size:
+                break
+            tokens, blocks = [0] * num_keys, range(-(-num_keys // size))
+            chunk = Chunk(request, num_keys - 1, 1, tokens, blocks, samples=True, num_outputs=1)
+            for num_rows in batch_sizes(max_batch):
+                for _ in range(2):  # seen, then recorded
+                    self._graphs.logits(self._batches.build((chunk,) * num_rows, step=0))
+
     def _find_short_cuts(self) -> None:
         """Ways to compute steps faster than layer by layer, if the whole model is here."""
         is_whole = (
@@ -136,9 +152,10 @@ class TorchExecutor:
         report = self._reporter(step, layers_ready) if streams else None
         if self._native is not None:
             return self._native.run(step.chunks, self._layers_per_frame, report)
-        batches = [self._batches.build(part, step=step.step, micro_batch=n) for n, part in enumerate(parts)]
         if self._graphs is not None and self._graphs.takes(step.chunks):
-            return self._graphs.logits(batches[0])
+            batch = self._batches.build(self._graphs.padded(step.chunks), step=step.step)
+            return self._graphs.logits(batch)[: len(step.chunks)]
+        batches = [self._batches.build(part, step=step.step, micro_batch=n) for n, part in enumerate(parts)]
         residuals = self._run_layers(batches, report)
         residual_RE = torch.cat(residuals) if len(residuals) > 1 else residuals[0]
         return self._model.attention.logits(residual_RE) if len(residual_RE) else residual_RE

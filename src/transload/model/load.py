@@ -50,6 +50,7 @@ def build_executor(plan: WorkerPlan) -> tuple[TorchExecutor, KvMemory, TorchFfnS
         driver=None if plan.hop is None else _NoFeedForwards(),
     )
     warm_up(executor, plan.block_size)
+    executor.record_steps(Request(RequestId(0), 1, 2, Sampling(temperature=0.0), (0,)), plan.limits.max_batch)
     return executor, memory, TorchFfnSource(plan, files, model, executor)
 
 

@@ -20,11 +20,24 @@ from transload.model.attention import DecodeGroup
 from transload.model.batch import Batch
 from transload.model.llama import FeedForward, LlamaModel
 
-MOST_GRAPHS = 64
+MOST_GRAPHS = 256
 """Recordings kept, least recently used first out. They share one pool of memory for intermediate results."""
 REMEMBERED_SHAPES = 1024
+RECORDED_KEYS = (128, 256, 384, 512, 768, 1024, 1536, 2048)
+"""Lengths of context that are recorded before the first caller comes, for every size of batch."""
 
 Shape = tuple[tuple[int, ...], ...]
+
+
+def batch_size(num_rows: int) -> int:
+    """The smallest size of a recorded batch that holds so many rows: a power of two, or one and a half of it."""
+    power = 1 << (num_rows - 1).bit_length()
+    return power * 3 // 4 if power >= 8 and num_rows <= power * 3 // 4 else power
+
+
+def batch_sizes(most_rows: int) -> list[int]:
+    """All of them up to the one that holds `most_rows`."""
+    return sorted({batch_size(num_rows) for num_rows in range(1, most_rows + 1)})
 
 
 class Recording:
@@ -52,6 +65,12 @@ class StepGraphs:
         """Whether all of a step's shapes follow from the batch: not where rows are dealt out to experts."""
         dense = all(type(layer) is FeedForward for layer in model.feed_forwards)
         return model.device.type == "cuda" and not model.deterministic and dense
+
+    @staticmethod
+    def padded(chunks: tuple[Chunk, ...]) -> tuple[Chunk, ...]:
+        """The chunks, and the last of them again until the batch has one of a few sizes: it writes the same keys to the
+        same places once more, and the logits after it are left unread."""
+        return (*chunks, *(chunks[-1:] * (batch_size(len(chunks)) - len(chunks))))
 
     def takes(self, chunks: Sequence[Chunk]) -> bool:
         """Whether every chunk is one token that draws the next and goes nowhere else."""
