@@ -135,7 +135,7 @@ def sample_result(
     return Result(
         name=name,
         simulated=simulated,
-        deployment="model: {path: llama-3.1-70b}\npools:\n- {name: prefill, role: prefill, workers: 4, chip: b200}\n",
+        deployment=f"# {name}\nmodel: {{path: llama-3.1-70b}}\npools:\n- {{name: prefill, role: prefill}}\n",
         model="llama-3.1-70b",
         workload=f"Poisson {rate:g}/s, lognormal lengths",
         seed=seed,

@@ -91,6 +91,15 @@ def test_runs_of_one_deployment_at_three_rates_make_a_sweep_in_order_of_rate() -
     assert all(point["goodput"] <= point["offered"] * 1.2 for point in sweep["points"])
 
 
+def test_a_sweep_is_called_what_its_runs_have_in_common() -> None:
+    results = [
+        msgspec.structs.replace(sample_result(rate=rate, seed=rate), name=f"deployments/pd.yaml, rate {rate}")
+        for rate in (1, 2, 14)
+    ]
+    assert [sweep["name"] for sweep in data_of(render_page(results))["sweeps"]] == ["pd"]
+    assert result_labels(results) == ["pd, rate 1", "pd, rate 2", "pd, rate 14"]
+
+
 def test_two_deployments_at_one_rate_make_no_sweep() -> None:
     assert data_of(render_page([sample_result("a.yaml"), sample_result("b.yaml")]))["sweeps"] == []
 

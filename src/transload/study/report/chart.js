@@ -193,7 +193,7 @@ function drawTarget(svg, target, x, y, box) {
   } else if (target.y <= box.yHigh) {
     const at = y(target.y);
     shape(svg, "line", { class: "target", x1: box.left, x2: box.right, y1: at, y2: at });
-    shape(svg, "text", { class: "target-name", x: box.left + 5, y: at - 4 }, target.name);
+    shape(svg, "text", { class: "target-name", x: box.right, y: at + 14, "text-anchor": "end" }, target.name);
   }
 }
 

@@ -108,7 +108,7 @@ function comparison() {
   const bottlenecks = RESULTS.map((result) => result.bottleneck);
   if (bottlenecks.some(Boolean)) body.append(element("tr", {}, element("th", { scope: "row" }, "bottleneck"), bottlenecks.map((b) => element("td", { class: "text" }, b || "–"))));
   return [heading("Side by side", (sameLoad ? "The best of each row in bold. " : "") + "Latencies are of successful requests and count from when a request was due."),
-    element("div", { class: "scroll" }, element("table", {}, element("thead", {}, element("tr", {}, element("th"),
+    element("div", { class: "scroll" }, element("table", { class: "side" }, element("thead", {}, element("tr", {}, element("th"),
       RESULTS.map((result, k) => element("th", { scope: "col" }, element("span", { class: "column" }, element("i", { class: "swatch", style: `background:${color(k)}` }), result.label), element("br"), badge(result))))), body))];
 }
 
@@ -328,7 +328,7 @@ function details() {
 }
 
 function build() {
-  const parts = [head(), RESULTS.length === 1 ? tiles(RESULTS[0]) : comparison(), sweeps(), latencies(), details(),
+  const parts = [head(), sweeps(), RESULTS.length === 1 ? tiles(RESULTS[0]) : comparison(), latencies(), details(),
     element("footer", {}, `Made by transload ${DATA.version}. This page loads nothing from anywhere.`)];
   PAGE.append(...parts.filter(Boolean).flat(3).filter(Boolean));
   fitAll();

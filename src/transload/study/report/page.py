@@ -5,10 +5,12 @@ Owns what goes into the page; `page.js` lays it out and `chart.js` draws. Simula
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ def render_page(results: Sequence[Result], *, title: str = "Transload report") -
     assert results, "a page shows at least one result"
     labels = result_labels(results)
     data = {
-        "title": title,
+        "title": _short(title),
         "version": __version__,
         "results": [_result(result, label) for result, label in zip(results, labels, strict=True)],
         "sweeps": _sweeps(results),
@@ -45,7 +47,7 @@ def render_page(results: Sequence[Result], *, title: str = "Transload report") -
     # "</script>" in a name must not end the script that holds it.
     encoded = msgspec.json.encode(_rounded(data)).decode().replace("<", "\\u003c")
     parts = {
-        "title": escape(results[0].name if len(results) == 1 else title),
+        "title": escape(labels[0] if len(results) == 1 else _short(title)),
         "style": _asset("page.css"),
         "script": _asset("chart.js") + _asset("page.js").replace('"use strict";\n', "", 1),
         "data": encoded,
@@ -94,7 +96,7 @@ def _percentiles(values: Distribution) -> list[tuple[float, float]]:
 
 def result_labels(results: Sequence[Result]) -> list[str]:
     """Names that tell the results apart: by rate where the name alone does not, by number where nothing does."""
-    names = [Path(result.name).stem if result.name.endswith((".yaml", ".yml")) else result.name for result in results]
+    names = [_short(result.name) for result in results]
     for tell_apart in (_kind_of, _rate_of):
         counts = Counter(names)
         names = [
@@ -114,22 +116,37 @@ def _rate_of(result: Result) -> str:
     return "" if rate is None else f" @ {rate:.3g}/s"
 
 
+def _short(name: str) -> str:
+    """A file's name without its folder and ending."""
+    return re.sub(r"(?:[^\s,]*/)?([^\s,/]+)\.ya?ml\b", r"\1", name)
+
+
 def _sweeps(results: Sequence[Result]) -> list[dict[str, Any]]:
     """Runs of one deployment at several offered rates, as curves over the rate."""
-    groups: dict[tuple[str, bool], list[Summary]] = {}
+    groups: dict[tuple[str, bool], list[Result]] = {}
     for result in results:
         if result.summary.offered_requests_per_second is not None:
-            groups.setdefault((result.name, result.simulated), []).append(result.summary)
+            groups.setdefault((result.deployment or result.model, result.simulated), []).append(result)
     return [
         {
-            "name": Path(name).stem if name.endswith((".yaml", ".yml")) else name,
+            "name": _common_name(group),
             "simulated": simulated,
-            "has_targets": any(summary.meets_targets is not None for summary in summaries),
-            "points": [_point(summary) for summary in sorted(summaries, key=_offered)],
+            "has_targets": any(result.summary.meets_targets is not None for result in group),
+            "points": [_point(summary) for summary in sorted((result.summary for result in group), key=_offered)],
         }
-        for (name, simulated), summaries in groups.items()
-        if len({summary.offered_requests_per_second for summary in summaries}) >= MIN_SWEEP_POINTS
+        for (_, simulated), group in groups.items()
+        if len({result.summary.offered_requests_per_second for result in group}) >= MIN_SWEEP_POINTS
     ]
+
+
+def _common_name(group: Sequence[Result]) -> str:
+    """What the names begin with, less a rate that follows; the model's where that is nothing."""
+    names = [_short(result.name) for result in group]
+    same = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    common = "".join(letters[0] for letters in same)
+    if len(set(names)) > 1:
+        common = re.sub(r"[\s,.@_-]*(?:rate\s*)?[\d.]*$", "", common)
+    return common or group[0].model
 
 
 def _offered(summary: Summary) -> float:
