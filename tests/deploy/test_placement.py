@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from transload.arch import ModelArch
+from transload.arch import Experts, ModelArch
 from transload.deploy.machine import Gpu, Machine
 from transload.deploy.overrides import parse_override
 from transload.deploy.placement import place, plan_placement
@@ -28,6 +28,9 @@ SMOLLM2 = ModelArch(
     head_dim=64,
     max_position=8192,
     tied_embeddings=True,
+)
+MIXTURE = msgspec.structs.replace(
+    SMOLLM2, family="qwen3_moe", experts=Experts(num_experts=8, per_token=2, intermediate_size=256, dense_layers=(0,))
 )
 BFLOAT16_TOKEN = 2 * 30 * 3 * 64 * 2
 A100 = Gpu(index=0, name="A100", memory_bytes=80 * GIB, free_bytes=79 * GIB, has_bfloat16=True)
@@ -58,13 +61,13 @@ def deployment(topology: str, *changes: str) -> Deployment:
     return resolve(topology=topology, overrides=[parse_override(change) for change in changes])
 
 
-def placed(topology: str, *changes: str, on: Machine | None = None) -> Placement:
-    return plan_placement(deployment(topology, *changes), on or machine(), SMOLLM2)
+def placed(topology: str, *changes: str, on: Machine | None = None, arch: ModelArch = SMOLLM2) -> Placement:
+    return plan_placement(deployment(topology, *changes), on or machine(), arch)
 
 
-def problem(topology: str, *changes: str, on: Machine | None = None) -> str:
+def problem(topology: str, *changes: str, on: Machine | None = None, arch: ModelArch = SMOLLM2) -> str:
     with pytest.raises(DeploymentError) as error:
-        place(deployment(topology, *changes), on or machine(), SMOLLM2)
+        place(deployment(topology, *changes), on or machine(), arch)
     return str(error.value)
 
 
@@ -339,6 +342,28 @@ def test_a_worker_is_told_how_to_reach_the_other_side() -> None:
 def test_a_split_that_the_model_has_no_parts_for_does_not_fit() -> None:
     assert "smollm2 has no experts" in problem("1a1f", "pools.aggregated.ffn.split=expert")
     assert "5 workers cannot have equal slices of 1536 columns" in problem("1a5f", "pools.aggregated.ffn.split=column")
+
+
+def test_the_experts_of_a_mixture_are_shared_out_and_plain_layers_and_routers_are_not() -> None:
+    expert, layers = 3 * 576 * 256, 29  # and one plain layer
+    plain = 3 * 576 * 1536
+    replica = placed("1a2f", arch=MIXTURE).workers[1:]
+    assert {worker.weights_bytes for worker in replica} == {2 * (layers * 8 * expert + plain)}
+    assert [(worker.share.part, worker.share.num_replicas) for worker in replica if worker.share] == [(0, 8), (1, 8)]
+    halves = placed("1a2f", "pools.aggregated.ffn.split=expert", arch=MIXTURE).workers[1:]
+    assert {worker.weights_bytes for worker in halves} == {2 * (layers * 4 * expert + plain)}
+    copied = ("pools.aggregated.ffn.split=expert", "pools.aggregated.ffn.replicas=2")
+    assert placed("1a2f", *copied, arch=MIXTURE).workers[1].weights_bytes == 2 * (layers * 5 * expert + plain)
+    whole = placed("1agg", arch=MIXTURE).workers[0].weights_bytes
+    attention = placed("1a2f", arch=MIXTURE).workers[0].weights_bytes
+    assert whole - attention == 2 * MIXTURE.num_ffn_parameters() == replica[0].weights_bytes
+
+
+def test_splits_that_a_mixture_does_not_have_are_refused() -> None:
+    column = problem("1a2f", "pools.aggregated.ffn.split=column", arch=MIXTURE)
+    assert "smollm2 is a mixture of experts, whose parts are experts; use expert, or replica" in column
+    many = problem("1a9f", "pools.aggregated.ffn.split=expert", arch=MIXTURE)
+    assert "9 workers for 8 experts: some would have nothing to do; lower pools.ffn.workers" in many
 
 
 def test_ffn_workers_do_not_limit_the_context() -> None:
