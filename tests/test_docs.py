@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("name", ["deployment", "benchmark"])
+@pytest.mark.parametrize("name", ["deployment", "benchmark", pytest.param("claims", marks=pytest.mark.slow)])
 def test_a_page_made_from_code_or_results_is_up_to_date(name: str) -> None:
     script = f"make_{name}_docs"
     module_spec = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
@@ -22,7 +22,18 @@ def test_a_page_made_from_code_or_results_is_up_to_date(name: str) -> None:
     assert module.TARGET.read_text() == module.page(), f"run scripts/{script}.py"
 
 
-@pytest.mark.parametrize("name", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/api.md", "docs/log.md"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md",
+        "ARCHITECTURE.md",
+        "CONTRIBUTING.md",
+        "docs/api.md",
+        "docs/log.md",
+        "docs/claims.md",
+        "docs/article.md",
+    ],
+)
 def test_links_between_documents_lead_somewhere(name: str) -> None:
     page = ROOT / name
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):

@@ -289,7 +289,7 @@ def _fastest(rows: Sequence[Row]) -> list[str]:
     assert second.tpot is not None
     ratio = second.tpot.p50_seconds / first.tpot.p50_seconds
     apart = _high(first) < _low(second)
-    words = "" if apart else ", closer than the model's error"
+    words = "" if apart else " (the two intervals overlap)"
     return [
         f"fastest stream: {first.name}, {1 / first.tpot.p50_seconds:,.0f} tokens/s a user, {ratio:.1f} times the next, "
         f"{second.name}{words}"
