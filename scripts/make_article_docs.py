@@ -28,9 +28,9 @@ INTRO = f"""\
 <!-- Written by scripts/make_article_docs.py. Do not edit by hand. -->
 
 Six ways to serve Llama-3.1-70B, *simulated* by the control plane that serves real requests, on chips of the catalog.
-The traffic is the beginning of the Azure conversation trace of 2023 ([traces](../traces/README.md)). Chips, links, splits
-and every assumption stand in `deployments/*.yaml`; the published numbers that these systems are known by, and what the
-model says of them, are in [claims.md](claims.md).
+The traffic is the beginning of the Azure conversation trace of 2023 ([traces](../traces/README.md)). Chips, links,
+splits and every assumption stand in `deployments/*.yaml`; the published numbers that these systems are known by, and
+what the model says of them, are in [claims.md](claims.md).
 
 Prices are estimates or assumptions throughout, so a dollar tells the order of magnitude. In brackets: where 80 % of
 measured values of chips known as well lay. What the model does not see: the ecosystem, the supply, the work of running

@@ -61,6 +61,13 @@ def test_what_is_not_simulated_is_not_checkable_and_says_what_is_missing() -> No
     assert (judged.verdict, judged.error, judged.reason) == ("not checkable", None, "the prompt's length")
 
 
+def test_what_is_missing_is_not_made_up_for_by_a_simulation_but_that_may_tell_where_it_would_hold() -> None:
+    curve = Curve(along="kW a rack", points=((50.0, 40.0), (100.0, 20.0)))
+    judged = judge(figure(30.0, missing="the power of a rack"), Simulated(value=30.0, curve=curve))
+    assert (judged.verdict, judged.error, judged.reason) == ("not checkable", None, "the power of a rack")
+    assert judged.holds_at == "holds at 75 kW a rack"
+
+
 def test_what_does_not_follow_names_the_assumption_it_hangs_on() -> None:
     assert judge(figure(doubt="the batch"), simulated(100.0)).reason == "the batch"
     assert judge(figure(doubt="the batch"), simulated(100.0), "the engine").reason == "the batch"

@@ -128,11 +128,8 @@ def verdict_words(finding: Finding) -> str:
 
 
 def _reasons(finding: Finding) -> Iterator[str]:
-    """Why not, first those of checked figures; where a claim would hold comes before all."""
-    for figure in finding.figures:
-        if figure.holds_at and figure.verdict != "reproduced":
-            yield figure.holds_at
+    """Why not, first those of checked figures; where a claim would hold comes with it."""
     for verdict in ("does not follow", "not checkable"):
         for figure in finding.figures:
             if figure.verdict == verdict and figure.reason:
-                yield figure.reason
+                yield f"{figure.reason}; {figure.holds_at}" if figure.holds_at else figure.reason

@@ -120,8 +120,9 @@ def judge_record(
 
 
 def judge(figure: Figure, simulated: Simulated | None, doubt: str = "") -> Judged:
-    """One figure. Nothing simulated, or no number claimed: not checkable, for the reason the record gives. `doubt`: the
-    record's, for a figure without its own."""
+    """One figure. Nothing simulated, no number claimed, or something missing: not checkable, for the reason the record
+    gives, though what was simulated may tell where the claim would hold. `doubt`: the record's, for a figure without
+    its own."""
     blank = Judged(
         key=figure.key,
         metric=figure.metric,
@@ -135,6 +136,8 @@ def judge(figure: Figure, simulated: Simulated | None, doubt: str = "") -> Judge
     )
     if simulated is None or figure.value is None:
         return blank
+    if figure.missing:
+        return msgspec.structs.replace(blank, holds_at=_holds_at(figure.value, simulated))
     error = _error(figure, figure.value, simulated)
     reproduced = abs(error) <= TOLERANCE
     return msgspec.structs.replace(
