@@ -19,8 +19,8 @@ from transload.hardware.read import read_struct, read_text
 
 FILE = Path(__file__).with_name("records.yaml")
 Relation = Literal["equal", "within", "range", "at most", "at least", "up to"]
-"""equal: the value itself. within: somewhere between `value` and `high`. range: values from `value` to `high`.
-up to: some setting reaches it."""
+"""equal: the value itself. within: somewhere between `value` and `high`. range: settings that are not told give
+anything from `value` to `high`. up to: some setting reaches it."""
 Key = Annotated[str, Meta(pattern=r"^[a-z0-9_]{1,40}$")]
 
 

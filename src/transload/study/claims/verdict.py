@@ -186,7 +186,8 @@ def _error(figure: Figure, claimed: float, simulated: Simulated) -> float:
         case "range":
             assert figure.high is not None
             assert simulated.low is not None, f"{figure.key}: a range needs the lowest value too"
-            return max(_off(simulated.low, claimed), _off(value, figure.high), key=abs)
+            # What is simulated must reach from one end to the other; it may go beyond.
+            return max(max(0.0, _off(simulated.low, claimed)), min(0.0, _off(value, figure.high)), key=abs)
         case "at most":
             return max(0.0, _off(value, claimed))
         case "at least" | "up to":

@@ -46,12 +46,19 @@ def splitwise_inflation() -> Answer:
 
 
 def any_inflation() -> Answer:
-    cost = _llama()
-    found = [_inflation(cost, length, 1, length) for length in (512, 1024, 2048, 4096, 8192)]
+    """One prompt beside streams, over models, prompts and batches."""
+    costs = [worker("a100_80g_sxm", "opt-13b", engine="vllm"), _yi(), _llama()]
+    found = [
+        _inflation(cost, prompt, batch, 1024)
+        for cost in costs
+        for prompt in (128, 256, 512, 1024, 2048, 4096, 8192)
+        for batch in (1, 8, 64)
+    ]
     return Answer(
         values={"inflation": Simulated(value=max(found), low=min(found))},
-        basis="Llama-2-70B on 8 A100, TP8; prompts of 512 to 8,192 tokens beside one stream",
-        assumptions=assumptions_of([cost]),
+        basis="OPT-13B on 1 A100, Yi-34B on 2, Llama-2-70B on 8; a prompt of 128 to 8,192 tokens beside 1 to 64 streams "
+        "with 1,024 tokens of context",
+        assumptions=assumptions_of(costs),
     )
 
 
