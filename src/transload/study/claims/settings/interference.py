@@ -56,8 +56,8 @@ def any_inflation() -> Answer:
     ]
     return Answer(
         values={"inflation": Simulated(value=max(found), low=min(found))},
-        basis="OPT-13B on 1 A100, Yi-34B on 2, Llama-2-70B on 8; a prompt of 128 to 8,192 tokens beside 1 to 64 streams "
-        "with 1,024 tokens of context",
+        basis="OPT-13B on 1 A100, Yi-34B on 2, Llama-2-70B on 8; a prompt of 128 to 8,192 tokens beside 1 to 64 "
+        "streams with 1,024 tokens of context",
         assumptions=assumptions_of(costs),
     )
 

@@ -102,4 +102,5 @@ def ratio(value: float) -> Simulated:
 
 def assumptions_of(costs: Iterable[WorkerCost]) -> tuple[str, ...]:
     """What all these workers take for granted, each line once."""
-    return tuple(dict.fromkeys(line for cost in costs for line in cost.assumptions))
+    lines = (line.removeprefix("assumed: ") for cost in costs for line in cost.assumptions)
+    return tuple(dict.fromkeys(lines))
