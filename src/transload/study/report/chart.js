@@ -158,7 +158,11 @@ function drawLines(plot, tip, options, width) {
   const room = Math.max(2, Math.floor((right - left) / 64));
   let xTicks = options.x.log ? logTicks(xLow, xHigh, room) : niceTicks(xLow, xHigh, room);
   while (xTicks.length > room + 1) xTicks = xTicks.filter((_, k) => k % 2 === 0);
+  let taken = -Infinity;
   axisTexts(options.x.kind, xTicks, options.x.log).forEach((text, k) => {
+    const half = text.length * 3.3 + 5;
+    if (x(xTicks[k]) - half < taken) return;
+    taken = x(xTicks[k]) + half;
     shape(svg, "line", { class: "gridline", x1: x(xTicks[k]), x2: x(xTicks[k]), y1: bottom, y2: bottom + 4 });
     const anchor = x(xTicks[k]) > right - 16 ? "end" : "middle";
     shape(svg, "text", { class: "axis", x: Math.min(right, x(xTicks[k])), y: bottom + 17, "text-anchor": anchor }, text);

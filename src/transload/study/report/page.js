@@ -54,7 +54,7 @@ function tiles(result) {
   list.push(tile("output tokens/s", digits(s.output_tokens_per_second),
     [`${digits(s.requests_per_second)} requests/s` + (s.offered_requests_per_second ? ` of ${digits(s.offered_requests_per_second)} offered` : "")]));
   if (s.meets_targets !== null && s.meets_targets !== undefined)
-    list.push(tile("goodput, requests/s", digits(s.goodput_requests_per_second),
+    list.push(tile("good requests/s", digits(s.goodput_requests_per_second),
       [`${show("share", s.attainment)} within targets, ${s.meets_targets ? "meets" : "misses"} ${show("share", s.targets.attainment)}`], !s.meets_targets));
   if (cost && cost.usd_per_million_output_tokens !== null)
     list.push(tile("cost", [show("usd", cost.usd_per_million_output_tokens)], ["per million output tokens", `${cost.num_chips} chips`]));
@@ -124,10 +124,9 @@ function cdfLines(key) {
 
 function histogramLines(key) {
   const chosen = [...stateOf.shown].sort((a, b) => a - b);
-  const at = (curve, share) => { const found = curve.find(([s]) => s >= share); return found ? found[1] : curve[curve.length - 1][1]; };
   const curves = chosen.map((k) => RESULTS[k].curves[key] || []).filter((curve) => curve.length > 2);
   if (!curves.length) return [];
-  const low = Math.min(...curves.map((curve) => curve[0][1])), high = Math.max(...curves.map((curve) => at(curve, 0.99)));
+  const low = Math.min(...curves.map((curve) => curve[0][1])), high = Math.max(...curves.map((curve) => atShare(curve, 0.99)));
   const bins = 36, wide = (high - low) / bins || 1;
   return chosen.map((k) => {
     const curve = RESULTS[k].curves[key] || [], counts = new Array(bins).fill(0);
@@ -144,19 +143,28 @@ function histogramLines(key) {
   });
 }
 
+// The value at a share of a distribution's points.
+function atShare(curve, share) {
+  const next = curve.findIndex(([s]) => s >= share);
+  if (next < 0) return curve[curve.length - 1][1];
+  if (next === 0) return curve[0][1];
+  const [s0, v0] = curve[next - 1], [s1, v1] = curve[next];
+  return s1 > s0 ? v0 + (v1 - v0) * (share - s0) / (s1 - s0) : v1;
+}
+
 function spread(key) {
   const curves = RESULTS.map((result) => result.curves[key] || []).filter((curve) => curve.length);
   if (!curves.length) return 1;
-  const low = Math.min(...curves.map((curve) => curve[Math.floor(curve.length * 0.02)][1]));
+  const low = Math.min(...curves.map((curve) => atShare(curve, 0.02)));
   return Math.max(...curves.map((curve) => curve[curve.length - 1][1])) / Math.max(low, 1e-9);
 }
 
 // A few late ones would press everybody else into a corner.
 function cutoff(key) {
-  const curves = RESULTS.map((result) => result.curves[key] || []).filter((curve) => curve.length > 100);
+  const curves = RESULTS.map((result) => result.curves[key] || []).filter((curve) => curve.length > 7);
   if (!curves.length) return undefined;
   const high = Math.max(...curves.map((curve) => curve[curve.length - 1][1]));
-  const most = Math.max(...curves.map((curve) => curve.find(([share]) => share >= 0.995)[1]));
+  const most = Math.max(...curves.map((curve) => atShare(curve, 0.99)));
   return high > 1.4 * most ? most : undefined;
 }
 
@@ -166,7 +174,7 @@ function latencyChart([key, title, targetField]) {
   const cut = cutoff(key);
   let mode = "CDF";
   const now = () => mode === "CDF"
-    ? { lines: cdfLines(key), x: { kind: "seconds", log, name: [log ? "log scale" : null, cut ? "up to p99.5" : null].filter(Boolean).join(", "), high: cut }, y: { kind: "share", high: 1 } }
+    ? { lines: cdfLines(key), x: { kind: "seconds", log, name: [log ? "log scale" : null, cut ? "up to p99" : null].filter(Boolean).join(", "), high: cut }, y: { kind: "share", high: 1 } }
     : { lines: histogramLines(key), x: { kind: "seconds", name: "up to p99" }, y: { kind: "share" } };
   const buttons = ["CDF", "histogram"].map((name) => element("button", { "aria-pressed": String(name === mode), onclick: () => {
     mode = name;

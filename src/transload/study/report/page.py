@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +75,7 @@ def _curves(result: Result) -> dict[str, list[tuple[float, float]]]:
     """(share, seconds) points of each latency's distribution: from the requests, or else from what was summed up."""
     curves = result.curves or (latency_curves(result.requests) if result.requests else {})
     if curves:
-        return {
-            name: [(index / (len(values) - 1), value) for index, value in enumerate(values)]
-            for name, values in curves.items()
-            if len(values) > 1
-        }
+        return {name: _points(values, in_bins=name == "itl") for name, values in curves.items() if len(values) > 1}
     summary = result.summary
     latencies = {
         "ttft": summary.ttft_seconds,
@@ -88,6 +84,15 @@ def _curves(result: Result) -> dict[str, list[tuple[float, float]]]:
         "end_to_end": summary.end_to_end_seconds,
     }
     return {name: _percentiles(values) for name, values in latencies.items() if values is not None}
+
+
+def _points(values: Sequence[float], *, in_bins: bool) -> list[tuple[float, float]]:
+    """`in_bins`: gaps between tokens are counted in bins by simulations, whose edges alone are true."""
+    points = [(index / (len(values) - 1), value) for index, value in enumerate(values)]
+    if not in_bins:
+        return points
+    edges = [point for point, after in pairwise(points) if point[1] != after[1]]
+    return [points[0], *(edge for edge in edges if edge[0] > 0), points[-1]]
 
 
 def _percentiles(values: Distribution) -> list[tuple[float, float]]:
