@@ -65,7 +65,9 @@ def read_gguf_arch(file: GgufFile, *, name: str) -> ModelArch:
             f"{where}: architecture {file.architecture!r} is not implemented, wanted one of {', '.join(ARCHITECTURES)}"
         )
     if file.integer(f"{family}.expert_count", 0):
-        raise CheckpointError(f"{where}: a mixture of experts, which is not implemented; take a dense model")
+        raise CheckpointError(
+            f"{where}: a mixture of experts, which is loaded from safetensors only; take those, or a dense model"
+        )
     heads = _size(file, f"{family}.attention.head_count")
     hidden = _size(file, f"{family}.embedding_length")
     head_dim = _size(file, f"{family}.attention.key_length", hidden // heads)
