@@ -6,14 +6,16 @@ the catalog's and are never touched.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 from transload.errors import DeploymentError
 from transload.hardware.chip import Chip, ChipKind, Format
+from transload.hardware.cost.known import known
 from transload.hardware.nearest import did_you_mean
 from transload.hardware.precision import DType
 
@@ -39,6 +41,9 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     half: float = 0.0
     memory: float
     floor_seconds: float = 0.0
+    width: float = 0.0
+    """For experts, one more factor: 1 / (1 + width / columns), where a chip holds so many columns of one expert.
+    Experts cut into narrow pieces are multiplied slowly."""
 
 
 class Collective(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -61,7 +66,12 @@ class Overhead(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     sequence_seconds: float
     prefill_step_seconds: float = 0.0
     """On top in a step with prefill: it runs without a captured graph."""
-    prefill_token_seconds: float = 0.0
+    request_seconds: float = 0.0
+    """Before the first step and after it: HTTP, templates, the way to the client. Adds to TTFT and occupies no chip."""
+    prompt_token_seconds: float = 0.0
+    """The same, for each token of the prompt: tokenising and moving it."""
+    stream_seconds: float = 0.0
+    """The same, for each request in flight: the front end serves all their streams in turn."""
 
 
 class Routing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -71,6 +81,9 @@ class Routing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Exponent of the power law of `experts_touched`."""
     imbalance: float = 1.0
     """Busiest rank's tokens / mean, over what chance alone would give."""
+    overlap: float = 0.8
+    """Share of the exchange between scale-up domains that hides behind the computing of another half of the batch, as
+    far as there is any (DeepSeek open-infra-index, day 6; LMSYS, large-scale expert parallelism). An estimate."""
 
 
 class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -83,7 +96,8 @@ class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     chips: tuple[str, ...] = ()
     """Ids of the chips that the fit has seen."""
     gemm: dict[Format, Curve]
-    grouped_gemm: dict[Format, Curve]
+    grouped_gemm: dict[Format | Literal["mxfp4", "mxfp4_wide"], Curve]
+    """By the format multiplied in; mxfp4 weights have kernels of their own, and others (wide) where they expand."""
     attention_prefill: Curve
     attention_decode: Curve
     mla_prefill: Curve
@@ -126,7 +140,8 @@ def compute_format(chip: Chip, dtype: DType) -> Format:
     mxfp4 is multiplied with fp8 activations where the chip has 4-bit arithmetic (as released for gpt-oss).
     """
     wanted: tuple[Format, ...]
-    four_bits = chip.get("dense_flops.fp4") is not None
+    numbers = known(chip)
+    four_bits = "dense_flops.fp4" in numbers
     match dtype:
         case "float32":
             wanted = ("fp32",)
@@ -143,14 +158,21 @@ def compute_format(chip: Chip, dtype: DType) -> Format:
         case "int4":
             wanted = ("bf16", "fp16", "fp8")
     for number_format in wanted:
-        if chip.get(f"dense_flops.{number_format}") is not None:
+        if f"dense_flops.{number_format}" in numbers:
             return number_format
-    headline = [name for name in wanted if chip.get(f"headline_flops.{name}") is not None]
+    headline = [name for name in wanted if f"headline_flops.{name}" in numbers]
     chip.peak(headline[0] if headline else wanted[0])  # refuses by name
     raise AssertionError(f"{chip.id} has no {wanted[0]} and does not say so")
 
 
-def curve_for(curves: dict[Format, Curve], number_format: Format) -> Curve:
+def grouped_curve(efficiency: Efficiency, dtype: DType, number_format: Format) -> Curve:
+    """The curve of routed experts stored in `dtype` and multiplied in `number_format`."""
+    expanded: Literal["mxfp4", "mxfp4_wide"] = "mxfp4" if number_format in ("fp8", "fp4") else "mxfp4_wide"
+    own = efficiency.grouped_gemm.get(expanded) if dtype == "mxfp4" else None
+    return own if own is not None else curve_for(efficiency.grouped_gemm, number_format)
+
+
+def curve_for(curves: Mapping[Any, Curve], number_format: Format) -> Curve:
     """The curve of a format, or of the nearest that has one: fp16 as bf16, int8 as fp8, the rest as bf16."""
     nearest: dict[Format, Format] = {"fp16": "bf16", "int8": "fp8", "fp4": "fp8", "tf32": "bf16", "fp32": "bf16"}
     found = curves.get(number_format) or curves.get(nearest.get(number_format, "bf16"))

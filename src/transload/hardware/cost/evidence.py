@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transload.hardware.chip import Chip
 from transload.hardware.cost.efficiency import Efficiency, compute_format
+from transload.hardware.cost.known import known
 from transload.hardware.model_card import ModelCard
 from transload.hardware.parallel import Parallel
 from transload.hardware.precision import Precision
@@ -23,7 +24,7 @@ def rests_on(chip: Chip, parallel: Parallel, precision: Precision) -> tuple[Quan
         world = chip.scale_up.world_size
         if world is not None and parallel.num_chips > world.value:
             paths += ["scale_out.bandwidth", "scale_out.latency"]
-    return tuple(found for path in paths if (found := chip.get(path)) is not None)
+    return tuple(found for path in paths if (found := known(chip).get(path)) is not None)
 
 
 def assumptions_of(

@@ -12,6 +12,7 @@ import msgspec
 from transload.hardware.catalog import load_link
 from transload.hardware.chip import Chip, ChipLink
 from transload.hardware.cost.efficiency import Collective, Efficiency
+from transload.hardware.cost.known import number
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,7 +50,7 @@ def link_latency(chip: Chip, name: str, link: ChipLink) -> float:
     if link.link:
         kind = load_link(link.link)
         return kind.need("latency").value
-    return chip.need(f"{name}.latency").value
+    return number(chip, f"{name}.latency")
 
 
 def _fixed(chip: Chip, collective: Collective, reach: Reach) -> float:
@@ -67,24 +68,28 @@ def all_reduce(chip: Chip, efficiency: Efficiency, num_chips: int) -> Message:
         return Message()
     reach = reach_of(chip, num_chips)
     share = efficiency.all_reduce.share
-    inside = 2 * (reach.domain - 1) / reach.domain / (chip.need("scale_up.bandwidth").value * share)
+    inside = 2 * (reach.domain - 1) / reach.domain / (number(chip, "scale_up.bandwidth") * share)
     across = 0.0
     if reach.domains > 1:
-        out = chip.need("scale_out.bandwidth").value * share
+        out = number(chip, "scale_out.bandwidth") * share
         across = 2 * (reach.domains - 1) / reach.domains / reach.domain / out
     return Message(fixed_seconds=_fixed(chip, efficiency.all_reduce, reach), seconds_per_byte=inside + across)
 
 
-def all_to_all(chip: Chip, efficiency: Efficiency, num_chips: int) -> Message:
-    """Every chip sends to every other; (n - 1) / n of what a chip has leaves it. Per byte that a chip has to send."""
+def all_to_all(
+    chip: Chip, efficiency: Efficiency, num_chips: int, ranks_visited: float, domains_visited: float
+) -> Message:
+    """Every row goes to `ranks_visited` of the chips, spread evenly, and crosses into each of the `domains_visited`
+    scale-up domains once, to be handed on inside. Per byte of one copy of what a chip has to send."""
     if num_chips == 1:
         return Message()
     reach = reach_of(chip, num_chips)
     share = efficiency.all_to_all.share
-    inside = (reach.domain - 1) / reach.chips / (chip.need("scale_up.bandwidth").value * share)
+    inside = ranks_visited * (reach.domain - 1) / reach.domain / (number(chip, "scale_up.bandwidth") * share)
     across = 0.0
     if reach.domains > 1:
-        across = (reach.chips - reach.domain) / reach.chips / (chip.need("scale_out.bandwidth").value * share)
+        away = domains_visited * (reach.domains - 1) / reach.domains
+        across = away / (number(chip, "scale_out.bandwidth") * share)
     return Message(fixed_seconds=_fixed(chip, efficiency.all_to_all, reach), seconds_per_byte=max(inside, across))
 
 
@@ -94,5 +99,5 @@ def hop(chip: Chip, efficiency: Efficiency, num_chips: int) -> Message:
     reach = reach_of(chip, num_chips)
     name, link = ("scale_up", chip.scale_up) if reach.domains == 1 else ("scale_out", chip.scale_out)
     latency = collective.link_hops * link_latency(chip, name, link) if collective.link_hops else 0.0
-    bandwidth = chip.need(f"{name}.bandwidth").value
+    bandwidth = number(chip, f"{name}.bandwidth")
     return Message(fixed_seconds=collective.base_seconds + latency, seconds_per_byte=1 / (bandwidth * collective.share))

@@ -12,7 +12,8 @@ import msgspec
 
 from transload.hardware.chip import Chip
 from transload.hardware.cost import links
-from transload.hardware.cost.efficiency import Curve, Efficiency, Overhead, compute_format, curve_for
+from transload.hardware.cost.efficiency import Curve, Efficiency, Overhead, compute_format, curve_for, grouped_curve
+from transload.hardware.cost.known import number, peak
 from transload.hardware.cost.matrices import (
     AttentionWork,
     ExpertMatrices,
@@ -38,6 +39,10 @@ SHORT_WINDOW = 1024
 longer one is charged as if there were none. Either way a decode step stays a straight line in its context tokens."""
 
 
+SHUFFLES = 4
+"""Times that a row passes memory between the residual stream and an expert: read and written before, and after."""
+
+
 class Line(NamedTuple):
     """max(compute + compute_each * m, memory + memory_each * m) + floor seconds, for all layers together."""
 
@@ -61,6 +66,8 @@ class Experts(msgspec.Struct, frozen=True, kw_only=True):
     half: float
     seconds_per_byte: float
     floor: float
+    shuffle: float
+    """Seconds a row that goes to one expert is moved: gathered before, scattered and added up after."""
     skew: float
     imbalance: float
 
@@ -94,6 +101,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     overhead: Overhead
     layer_overhead: float
     num_layers: int
+    exchanged: float = 0.0
+    """Seconds that a row of a rank is on its way to and from experts, where that may hide behind computing."""
+    overlap: float = 0.0
+    """Share of it that hides, at most."""
 
 
 class _Compiler:
@@ -102,18 +113,18 @@ class _Compiler:
     ) -> None:
         self.chip, self.card, self.parallel = chip, card, parallel
         self.precision, self.efficiency = precision, efficiency
-        self.bandwidth = chip.need(f"memory.{chip.tier_for('weights').key}.bandwidth").value
-        self.kv_bandwidth = chip.need(f"memory.{chip.tier_for('kv').key}.bandwidth").value
+        self.bandwidth = number(chip, f"memory.{chip.tier_for('weights').key}.bandwidth")
+        self.kv_bandwidth = number(chip, f"memory.{chip.tier_for('kv').key}.bandwidth")
 
     def matrix(self, matrix: Matrix) -> Line:
         number_format = compute_format(self.chip, matrix.dtype)
         curve = curve_for(self.efficiency.gemm, number_format)
-        peak = self.chip.peak(number_format).value * curve.compute
+        rate = peak(self.chip, number_format) * curve.compute
         activation_bytes = min(2.0, max(1.0, DTYPE_BYTES[matrix.dtype]))
         bytes_each = matrix.inputs * activation_bytes + 2 * matrix.outputs
         return self._line(
             "head" if matrix.part == "head" else "gemm", matrix.rows, matrix.num_layers, curve,
-            flops_each=matrix.flops_per_row, peak=peak, bytes_fixed=matrix.weight_bytes, bytes_each=bytes_each,
+            flops_each=matrix.flops_per_row, peak=rate, bytes_fixed=matrix.weight_bytes, bytes_each=bytes_each,
         )  # fmt: skip
 
     def _line(
@@ -163,8 +174,7 @@ class _Compiler:
         if parallel.tensor > 1 and attention + dense:
             lines.append(self.message("all_reduce", "rank", attention + dense, reduce, row))
         if sparse and parallel.data_attention > 1:
-            exchange = links.all_to_all(self.chip, self.efficiency, parallel.chips_per_stage)
-            lines.append(self.message("all_to_all", "rank", sparse, exchange, self._routed_bytes()))
+            lines.append(self.exchange(sparse))
         elif sparse and parallel.tensor > 1:
             lines.append(self.message("all_reduce", "stage", sparse, reduce, row))
         if parallel.pipeline > 1:
@@ -172,30 +182,36 @@ class _Compiler:
             lines.append(self.message("p2p", "rank", parallel.pipeline - 1, hop, row / parallel.tensor))
         return lines
 
-    def _routed_bytes(self) -> float:
-        """A token goes to each rank once that has one of its experts (fp8), and comes back from there (16 bits)."""
+    def exchange(self, layers: int) -> Line:
+        """Dispatch and combine: a token goes to each rank once that has one of its experts (fp8), and comes back from
+        there (16 bits). The chips of one attention rank send a part of its tokens each."""
         experts = self.card.experts
         assert experts is not None
+        chips = self.parallel.chips_per_stage
         ranks = self.parallel.expert
-        if ranks > 1:
-            visited = ranks * (1 - (1 - 1 / ranks) ** experts.per_token)
-        else:
-            visited = self.parallel.chips_per_stage  # each chip has a piece of every expert
-        return visited * self.card.hidden_size * (1 + 2) / self.parallel.tensor
+        domains = links.reach_of(self.chip, chips).domains
+        # without expert parallelism each chip has a piece of every expert, so all are visited
+        visited = ranks * (1 - (1 - 1 / ranks) ** experts.per_token) if ranks > 1 else chips
+        crossed = domains * (1 - (1 - 1 / domains) ** experts.per_token)
+        message = links.all_to_all(self.chip, self.efficiency, chips, visited, crossed)
+        return self.message(
+            "all_to_all", "rank", layers, message, self.card.hidden_size * (1 + 2) / self.parallel.tensor
+        )
 
     def experts(self) -> Experts | None:
         work = expert_matrices(self.card, self.parallel, self.precision)
         if work is None:
             return None
         number_format = compute_format(self.chip, work.dtype)
-        curve = curve_for(self.efficiency.grouped_gemm, number_format)
+        curve = grouped_curve(self.efficiency, work.dtype, number_format)
         routing = self.efficiency.routing
         return Experts(
             work=work,
-            seconds_per_flop=1 / (self.chip.peak(number_format).value * curve.compute),
+            seconds_per_flop=(1 + curve.width / work.inner) / (peak(self.chip, number_format) * curve.compute),
             half=curve.half,
             seconds_per_byte=1 / (self.bandwidth * curve.memory),
             floor=curve.floor_seconds,
+            shuffle=SHUFFLES * 2 * work.hidden / (self.bandwidth * self.efficiency.elementwise.memory),
             skew=routing.skew,
             imbalance=routing.imbalance,
         )
@@ -206,21 +222,21 @@ class _Compiler:
         prefill = efficiency.mla_prefill if work.latent else efficiency.attention_prefill
         decode = efficiency.mla_decode if work.latent else efficiency.attention_decode
         number_format = compute_format(self.chip, "bfloat16")
-        peak = self.chip.peak(number_format).value
+        rate = peak(self.chip, number_format)
         gemm = curve_for(efficiency.gemm, number_format)
         per_byte = 1 / (self.kv_bandwidth * decode.memory)
         reading = work.kv_bytes_per_token * per_byte
-        counting = work.decode_flops_per_pair / (peak * decode.compute)
+        counting = work.decode_flops_per_pair / (rate * decode.compute)
         each = max(reading, counting)
         short = work.window <= SHORT_WINDOW
         seeing = work.num_full_layers + (0 if short else work.num_sliding_layers)
         windowed = work.num_sliding_layers * work.window if short else 0
         return Attention(
             work=work,
-            prefill_seconds_per_pair=work.prefill_flops_per_pair / (peak * prefill.compute),
+            prefill_seconds_per_pair=work.prefill_flops_per_pair / (rate * prefill.compute),
             prefill_half=prefill.half,
             prefill_floor=self.card.num_layers * prefill.floor_seconds,
-            prefill_seconds_per_expanded=self.card.num_layers * work.expansion_flops / (peak * gemm.compute),
+            prefill_seconds_per_expanded=self.card.num_layers * work.expansion_flops / (rate * gemm.compute),
             decode_seconds_per_token=seeing * each,
             decode_seconds_per_request=windowed * each,
             decode_floor=self.card.num_layers * decode.floor_seconds,
@@ -247,6 +263,7 @@ def compile_plan(
     lines.append(compiler.elementwise(1.0 if scope == "all" else 0.5))
     lines += compiler.collectives(scope)
     layers = overhead.layer_seconds * card.num_layers
+    wide = links.reach_of(chip, parallel.chips_per_stage).domains > 1
     return Plan(
         lines=tuple(lines),
         experts=compiler.experts() if scope != "attention" else None,
@@ -254,6 +271,8 @@ def compile_plan(
         overhead=overhead if scope != "ffn" else msgspec.structs.replace(overhead, sequence_seconds=0.0),
         layer_overhead=layers if scope == "all" else layers / 2,
         num_layers=card.num_layers,
+        exchanged=sum(line.memory_each for line in lines if line.kind == "all_to_all") if wide else 0.0,
+        overlap=efficiency.routing.overlap,
     )
 
 

@@ -95,6 +95,13 @@ class WorkerCost:
             return fixed + each * shape.decode_context_tokens
         return self._mixed(shape)
 
+    def request_seconds(self, prompt_tokens: int, in_flight: int = 1) -> float:
+        """What a request takes besides its steps (HTTP, template, tokenising, its turn among the streams in flight):
+        adds to TTFT, occupies no chip."""
+        overhead = self.plan.overhead
+        seconds = overhead.request_seconds + prompt_tokens * overhead.prompt_token_seconds
+        return seconds + in_flight * overhead.stream_seconds
+
     def _share(self, num_decode: int) -> tuple[float, float]:
         """(requests of a micro-batch of the pipeline, of them on the busiest attention rank)."""
         micro = math.ceil(num_decode / self.parallel.pipeline)
@@ -104,7 +111,9 @@ class WorkerCost:
         if num_decode == 0:
             return 0.0, 0.0
         micro, rank = self._share(num_decode)
-        fixed = self._linear(rank, micro, rank) + self._overhead(rank, prefill_tokens=0)
+        fixed = self._linear(rank, micro, rank)
+        fixed -= self._hidden(rank, fixed)
+        fixed += self._overhead(rank, prefill=False)
         each = 0.0
         attention = self.plan.attention
         if attention is not None:
@@ -112,11 +121,11 @@ class WorkerCost:
             each = attention.decode_seconds_per_token * rank / num_decode
         return fixed, each
 
-    def _overhead(self, sequences: float, *, prefill_tokens: float) -> float:
+    def _overhead(self, sequences: float, *, prefill: bool) -> float:
         overhead = self.plan.overhead
         seconds = overhead.step_seconds + self.plan.layer_overhead + sequences * overhead.sequence_seconds
-        if prefill_tokens:
-            seconds += overhead.prefill_step_seconds + prefill_tokens * overhead.prefill_token_seconds
+        if prefill:
+            seconds += overhead.prefill_step_seconds
         return seconds
 
     def _linear(self, rank_tokens: float, stage_tokens: float, sequences: float) -> float:
@@ -134,6 +143,11 @@ class WorkerCost:
             seconds += self._expert_seconds(stage_tokens)
         return seconds
 
+    def _hidden(self, rows: float, seconds: float) -> float:
+        """Of these seconds of matrices and messages, what the exchange of this many rows hides behind the rest."""
+        sent = rows * self.plan.exchanged
+        return self.plan.overlap * min(sent, seconds - sent) if sent else 0.0
+
     def _expert_seconds(self, num_tokens: float) -> float:
         found = self._experts.get(num_tokens)
         if found is None:
@@ -144,7 +158,7 @@ class WorkerCost:
         return found
 
     def _expert_work(self, num_tokens: float) -> tuple[float, float, float, float, float]:
-        """(compute seconds, memory seconds, floor, flops, bytes) of all layers on the busiest chip."""
+        """(compute seconds, memory seconds, seconds besides, flops, bytes) of all layers on the busiest chip."""
         experts = self.plan.experts
         assert experts is not None
         work = experts.work
@@ -163,7 +177,7 @@ class WorkerCost:
         return (
             layers * compute,
             layers * moved * experts.seconds_per_byte,
-            layers * experts.floor,
+            layers * (experts.floor + assigned * experts.shuffle),
             layers * flops,
             layers * moved,
         )
@@ -180,7 +194,8 @@ class WorkerCost:
         prefill_rank = max(largest, total / ranks) / pipeline
         chunks = math.ceil(len(shape.prefill) / ranks)
         seconds = self._linear(rank + prefill_rank, micro + total / pipeline, rank + chunks)
-        seconds += self._overhead(rank + chunks, prefill_tokens=prefill_rank)
+        seconds -= self._hidden(rank + prefill_rank, seconds)
+        seconds += self._overhead(rank + chunks, prefill=bool(prefill_rank))
         attention = self.plan.attention
         if attention is None:
             return seconds
@@ -236,10 +251,18 @@ class WorkerCost:
         if self.plan.experts is not None:
             compute, memory, floor, flops, moved = self._expert_work(rows["stage"])
             times.append(_operation("grouped_gemm", compute, memory, floor, flops, moved))
+        times = self._without_hidden(times, rows["rank"])
         times += self._attention_times(shape, rank)
-        overhead = self._overhead(rank + chunks, prefill_tokens=prefill_rank)
+        overhead = self._overhead(rank + chunks, prefill=bool(prefill_rank))
         times.append(OperationTime(kind="overhead", seconds=overhead, flops=0.0, bytes=0.0, bound="overhead"))
         return _merged(times)
+
+    def _without_hidden(self, times: list[OperationTime], rows: float) -> list[OperationTime]:
+        hidden = self._hidden(rows, math.fsum(time.seconds for time in times))
+        return [
+            msgspec.structs.replace(time, seconds=time.seconds - hidden) if time.kind == "all_to_all" else time
+            for time in times
+        ]
 
     def _attention_times(self, shape: StepShape, rank: float) -> list[OperationTime]:
         attention = self.plan.attention
@@ -296,8 +319,13 @@ class WorkerCost:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """(low, high): a simulated duration times these bounds what 80 % of measured ones of its kind were."""
+        """(low, high): the duration of a simulated step times these bounds what 80 % of measured ones were."""
         return interval_of(self.chip, self.card, self.efficiency)
+
+    @property
+    def ttft_interval(self) -> tuple[float, float]:
+        """The same of the time to the first token, where clients and front ends come in."""
+        return interval_of(self.chip, self.card, self.efficiency, "ttft")
 
     @property
     def rests_on(self) -> tuple[Quantity, ...]:
