@@ -1,0 +1,152 @@
+"""What the cost model says of a measured point: TTFT and TPOT under the client that measured it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from points import WAVES, Point, chip_of
+from replay import closed_loop
+
+from transload.errors import DeploymentError
+from transload.hardware.cost.efficiency import Efficiency
+from transload.hardware.cost.shape import StepShape
+from transload.hardware.cost.steady import Load, Policy, decode_seconds, prompt_seconds, ranks_filled
+from transload.hardware.cost.worker import WorkerCost
+
+POLICIES = {
+    "trtllm": Policy(mixed=True, max_step_tokens=8192),
+    "vllm": Policy(mixed=True, max_step_tokens=8192),
+    "sglang": Policy(mixed=False, max_step_tokens=16384),
+}
+"""vLLM and TensorRT-LLM put prefill chunks and decoding requests into one step of 8,192 tokens by default; SGLang runs
+prefills of up to 16,384 tokens between decode steps."""
+SPREAD = 1 / 9
+"""Lengths between 80 % and 100 % of the nominal ones are 90 % of them, give or take a ninth."""
+
+
+_workers: dict[tuple[object, ...], WorkerCost] = {}
+_under: list[Efficiency | None] = []
+
+
+def worker_of(point: Point, efficiency: Efficiency | None = None, *, prefill: bool = False) -> WorkerCost:
+    """The (decoding, unless `prefill`) worker of a point. Points of a run share it, as long as the parameters stay."""
+    if not _under or _under[0] is not efficiency:
+        _workers.clear()
+        _under[:] = [efficiency]
+    parallel = point.prefill_parallel if prefill and point.prefill_parallel is not None else point.parallel
+    key = (point.chip, point.card.id, parallel, point.precision, point.backend)
+    found = _workers.get(key)
+    if found is None:
+        found = _workers[key] = WorkerCost(
+            chip_of(point), point.card, parallel, point.precision, point.backend, efficiency=efficiency
+        )
+    return found
+
+
+def in_flight_of(point: Point) -> int:
+    """On one worker."""
+    return max(1, round(point.concurrency / point.decode_workers))
+
+
+def load_of(point: Point) -> Load:
+    return Load(prompt_tokens=point.prompt_tokens, output_tokens=point.output_tokens)
+
+
+@dataclass(frozen=True)
+class Served:
+    """Seconds, in the mean over the client's requests."""
+
+    ttft: float
+    tpot: float
+
+
+@dataclass(frozen=True)
+class Queueing:
+    """What the load makes of a point's bare costs, at some parameters: kept while the parameters move a little."""
+
+    decoding: float
+    tpot_factor: float
+    """TPOT / (decode step + share of prompts)."""
+    ttft_factor: float
+    """(TTFT - request) / prompt."""
+
+
+def serve(point: Point, efficiency: Efficiency | None = None) -> Served:
+    """Aggregated: replayed. Disaggregated: prefill pool as a queue of the same client, decode pool at its batch."""
+    cost = worker_of(point, efficiency)
+    if point.mode == "agg":
+        inside = point.campaign == "inferencex"
+        ttft, tpot = closed_loop(
+            cost, POLICIES[point.backend], in_flight=in_flight_of(point),
+            prompt=point.prompt_tokens, output=point.output_tokens, waves=WAVES,
+            spread=SPREAD if inside else 0.0,
+        )  # fmt: skip
+        return Served(ttft + cost.request_seconds(point.prompt_tokens, in_flight_of(point)), tpot)
+    return _disaggregated(point, cost, efficiency)
+
+
+def _disaggregated(point: Point, decode: WorkerCost, efficiency: Efficiency | None) -> Served:
+    """The first of ten waves comes at once and drains in turn; the rest come one by one as requests end.
+
+    Prefill workers are servers of deterministic service: the wait is share * service / (2 (1 - share)) / servers, and
+    no more than a queue of everyone in flight.
+    """
+    assert point.prefill_parallel is not None
+    prefill = worker_of(point, efficiency, prefill=True)
+    together = point.prefill_parallel.data_attention
+    prompts = ((0, point.prompt_tokens),) * together
+    batch = prefill.step_seconds(StepShape(prompts))
+    service = batch / together
+    alone = prefill.step_seconds(StepShape(prompts[:1]))
+    servers = point.prefill_workers
+    decoding = max(1.0, point.concurrency / point.decode_workers)
+    ttft = alone
+    for _ in range(20):
+        tpot = decode_seconds(decode, load_of(point), decoding)
+        life = ttft + point.output_tokens * tpot
+        share = min(0.99, point.concurrency / life * service / servers)
+        steady = alone + min(share * service / (2 * (1 - share)), point.concurrency * service) / servers
+        burst = alone + (point.concurrency - 1) * service / servers / 2
+        ttft = burst / WAVES + steady * (1 - 1 / WAVES)
+        decoding = max(1.0, point.concurrency / point.decode_workers * (1 - ttft / life))
+    return Served(ttft + tpot + prefill.request_seconds(point.prompt_tokens, in_flight_of(point)), tpot)
+
+
+def bare(point: Point, cost: WorkerCost, decoding: float) -> tuple[float, float]:
+    """(TPOT without the effects of queueing, seconds of one prompt)."""
+    step = decode_seconds(cost, load_of(point), decoding)
+    if point.prefill_parallel is not None:
+        prefill = worker_of(point, cost.efficiency, prefill=True)
+        return step, prefill.step_seconds(StepShape(((0, point.prompt_tokens),)))
+    together = ranks_filled(cost, point.concurrency / point.decode_workers)
+    prompt = prompt_seconds(cost, load_of(point), POLICIES[point.backend], round(decoding), together)
+    return step + decoding / point.output_tokens * prompt, prompt
+
+
+def queueing_of(point: Point, efficiency: Efficiency) -> Queueing:
+    """Served once in full, to be scaled while fitting."""
+    served = serve(point, efficiency)
+    cost = worker_of(point, efficiency)
+    in_flight = point.concurrency / point.decode_workers
+    life = served.ttft + point.output_tokens * served.tpot
+    decoding = max(1.0, in_flight * point.output_tokens * served.tpot / life)
+    tpot, prompt = bare(point, cost, decoding)
+    request = cost.request_seconds(point.prompt_tokens, in_flight_of(point))
+    return Queueing(decoding, served.tpot / tpot, (served.ttft - request) / prompt)
+
+
+def scaled(point: Point, efficiency: Efficiency, queueing: Queueing) -> Served:
+    """The point at other parameters, queues as they were."""
+    cost = worker_of(point, efficiency)
+    tpot, prompt = bare(point, cost, queueing.decoding)
+    request = cost.request_seconds(point.prompt_tokens, in_flight_of(point))
+    return Served(prompt * queueing.ttft_factor + request, tpot * queueing.tpot_factor)
+
+
+def fits(point: Point) -> bool:
+    """Whether the model takes the point at all: memory and split."""
+    try:
+        _ = worker_of(point).capacity
+    except DeploymentError:
+        return False
+    return True
