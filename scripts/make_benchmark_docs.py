@@ -91,6 +91,42 @@ def engine(result: dict[str, Any]) -> str:
     return text + table(result["columns"], result["rows"]) + origin(result)
 
 
+def afd(result: dict[str, Any]) -> str:
+    hops = [
+        [hop["transport"], hop["waiting"], f"{hop['p50']:.1f}", f"{hop['p99']:.1f}", f"{hop['best']:.1f}"]
+        for hop in result["hops"]
+    ]
+    steps = [
+        [
+            figure["setup"],
+            figure["micro_batches"],
+            figure["batch"],
+            f"{figure['step_ms']:.1f}",
+            f"{figure['tokens_per_second']:.0f}",
+            f"{figure['against_two_cores']:.2f}x",
+            *(
+                "" if figure[name] is None else f"{figure[name]:.0%}"
+                for name in ("attention_bubble", "ffn_bubble", "exposed_hops")
+            ),
+        ]
+        for figure in result["steps"]
+    ]
+    text = (
+        "\n## Attention here, feed-forward there\n\n8 KiB there and back between two processes on two cores, in "
+        "microseconds, copies included:\n\n"
+    )
+    text += table(["over", "waiting", "p50", "p99", "best"], hops)
+    text += (
+        f"\nDecode steps at {result['options']['context']} tokens of context: one worker that computes all of it, "
+        "against an attention worker on one core and an FFN worker on the other. A bubble is the share of a step in "
+        "which a side computes nothing; exposed hops are what attention waits beyond what the FFN worker's longer work "
+        "explains.\n\n"
+    )
+    columns = ["setup", "micro-batches", "batch", "step, ms", "tokens/s", "of two cores"]
+    text += table([*columns, "attention bubble", "FFN bubble", "exposed hops"], steps)
+    return text + origin(result)
+
+
 def gpu(result: dict[str, Any]) -> str:
     rows: list[list[object]] = []
     for row in result["rows"]:
@@ -158,6 +194,7 @@ SECTIONS = {
     "engine.json": engine,
     "interference.json": interference,
     "handoff.json": handoff,
+    "afd.json": afd,
     "front_end.json": front_end,
     "gpu-llama-1b-h100.json": gpu,
     "gpu-llama-8b-h100.json": gpu,

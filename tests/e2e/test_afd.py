@@ -134,8 +134,12 @@ def test_when_an_attention_worker_is_killed_its_requests_go_on(server: LiveServe
     eventually(lambda: all(counts(server, ffn).get("sessions") == 1 for ffn in ("ffn-0", "ffn-1")))
 
 
-def test_without_a_fallback_requests_fail_by_name_within_their_deadline() -> None:
-    changes = ("pools.aggregated.ffn.fallback=error", "pools.aggregated.ffn.deadline=1 s")
+def test_over_tcp_and_without_a_fallback_requests_fail_by_name_within_their_deadline() -> None:
+    changes = (
+        "pools.aggregated.ffn.fallback=error",
+        "pools.aggregated.ffn.deadline=1 s",
+        "links=[{between: [aggregated, ffn], transport: tcp}]",
+    )
     flags = [flag for change in changes for flag in ("--set", change)]
     with LiveServer("--topology", "1a1f", *flags) as server:
         started = server.client.completions.create(
@@ -146,7 +150,7 @@ def test_without_a_fallback_requests_fail_by_name_within_their_deadline() -> Non
         with pytest.raises(openai.APIError, match="no FFN worker has answered for 1 s"):
             list(started)
         server.wait_for_worker("ffn-0", other_than=pid)
-        eventually(lambda: server.workers()["aggregated-0"].get("ffn_links") == {"ffn-0": "shm"})
+        eventually(lambda: server.workers()["aggregated-0"].get("ffn_links") == {"ffn-0": "tcp"})
         answer = server.client.completions.create(model="default", prompt="One, two,", max_tokens=2)
         assert answer.usage is not None
         assert answer.usage.completion_tokens == 2

@@ -129,6 +129,7 @@ class _RingEnd:
 
     def __init__(self, memory: RingMemory, sock: socket.socket, *, is_caller: bool) -> None:
         self.sizes = memory.sizes
+        self._num_slots = memory.sizes.num_slots
         self._memory = memory
         self._words = memory.words
         self._sock = sock
@@ -178,8 +179,10 @@ class _RingEnd:
         """The rows are in place already."""
         place[: len(header)] = header
         words = self._words
-        entry = self._out_ring + 4 * (self._num_posted % self.sizes.num_slots)
-        words[entry], words[entry + 1], words[entry + 2] = slot, len(header), num_bytes
+        entry = self._out_ring + 4 * (self._num_posted % self._num_slots)
+        words[entry] = slot
+        words[entry + 1] = len(header)
+        words[entry + 2] = num_bytes
         self._num_posted += 1
         with self._fence:
             pass
@@ -193,20 +196,21 @@ class _RingEnd:
 
     def _read_entries(self, headers: list[memoryview], limit: int) -> list[tuple[int, bytes, int]]:
         """(slot, header, row bytes) of what is new, checked. What a peer has posted before its end is read first."""
-        num_new = self._words[self._news_at] - self._num_seen
+        words, num_slots = self._words, self._num_slots
+        num_new = words[self._news_at] - self._num_seen
         if num_new == 0:
             if self._problem is not None:
                 raise HandoffError(self._problem)
             return []
-        if not 0 < num_new <= self.sizes.num_slots:
-            raise HandoffError(f"the peer has posted {num_new} entries into a ring of {self.sizes.num_slots}")
+        if not 0 < num_new <= num_slots:
+            raise HandoffError(f"the peer has posted {num_new} entries into a ring of {num_slots}")
         with self._fence:
             pass
         found = []
         for number in range(self._num_seen, self._num_seen + num_new):
-            entry = self._in_ring + 4 * (number % self.sizes.num_slots)
-            slot, header_bytes, num_bytes = self._words[entry], self._words[entry + 1], self._words[entry + 2]
-            if slot >= self.sizes.num_slots or not 0 < header_bytes <= HEADER_BYTES or num_bytes > limit:
+            entry = self._in_ring + 4 * (number % num_slots)
+            slot, header_bytes, num_bytes = words[entry], words[entry + 1], words[entry + 2]
+            if slot >= num_slots or not 0 < header_bytes <= HEADER_BYTES or num_bytes > limit:
                 raise HandoffError(f"the peer has posted slot {slot} with {header_bytes} and {num_bytes} bytes")
             found.append((slot, bytes(headers[slot][:header_bytes]), num_bytes))
         self._num_seen += num_new

@@ -25,7 +25,7 @@ class Waiter:
     """For one thread. `nudge` wakes it from any other."""
 
     def __init__(self, spin_seconds: float) -> None:
-        """`spin_seconds`: the longest spin."""
+        """`spin_seconds`: the longest spin; 0: none."""
         self._most_spin = spin_seconds
         self._typical = spin_seconds / 2  # how long news have lately taken to come
         self._nudge, self._nudged = socket.socketpair()
@@ -64,7 +64,7 @@ class Waiter:
 
     def _spin_seconds(self) -> float:
         wanted = 2.0 * self._typical
-        return min(wanted, self._most_spin) if self._typical < self._most_spin else SHORT_SPIN_SECONDS
+        return min(wanted if self._typical < self._most_spin else SHORT_SPIN_SECONDS, self._most_spin)
 
     def _learn(self, seconds: float) -> None:
         self._typical += (min(seconds, 4.0 * self._most_spin) - self._typical) / 8
