@@ -87,8 +87,45 @@ def front_end(result: dict[str, Any]) -> str:
 
 
 def engine(result: dict[str, Any]) -> str:
-    text = f"\n## Engine\n\n{result['what']}\n\n"
-    return text + table(result["columns"], result["rows"]) + origin(result)
+    names = list(
+        dict.fromkeys(name for run in result["runs"] for row in run["rows"] for name in row["tokens_per_second"])
+    )
+    rows: list[list[object]] = []
+    left_out: dict[str, str] = {}
+    for run in result["runs"]:
+        left_out |= run["left_out"]
+        for row in run["rows"]:
+            rates = row["tokens_per_second"]
+            times = f"{row['times_best_peer']:.2f}x {row['best_peer']}" if "best_peer" in row else ""
+            share = f"{row['share_of_limit']:.0%}" if "share_of_limit" in row else ""
+            cells = [f"{rates[name]:,.0f}" if name in rates else "" for name in names]
+            rows.append([run["threads"], row["case"], *cells, times, share])
+    text = (
+        "\n## Engine\n\nTokens/s in process, SmolLM2-135M in bfloat16: a prompt of so many tokens, or a batch that "
+        f"decodes at a context of 256. Best of {result['rounds']} rounds in which all took turns on the same cores. "
+        f"Our kernels: {result['kernels']}. The limit of a prefill is the rate of a product of two 2048 x 2048 "
+        "matrices, the faster of bfloat16 and float32.\n\n"
+    )
+    missing = "".join(f"\n{name} is left out: {problem}\n" for name, problem in left_out.items())
+    columns = ["threads", "case", *names, "times the best peer", "of the limit"]
+    return text + table(columns, rows) + missing + origin(result)
+
+
+def start(result: dict[str, Any]) -> str:
+    rows: list[list[object]] = []
+    for row in result["rows"]:
+        seconds = row["seconds"]
+        memory = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in row["memory_bytes"].items())
+        spread = f"{seconds['median']:.1f} ({seconds['min']:.1f} to {seconds['max']:.1f})"
+        rows.append([row["topology"], spread, f"{row['cpu_seconds']:.1f}", memory])
+    install, build = result["install_bytes"], result["kernel_build_seconds"]
+    text = (
+        f"\n## Start\n\nFrom the command to the first streamed token of the default model on {result['cores']} cores, "
+        "with everything fetched and built before. Memory is the proportional set size then, caches of the default "
+        f"size included. Installed, the dependencies take {install['all'] / 1e6:,.0f} MB, of which torch "
+        f"{install['torch'] / 1e6:,.0f}; building the kernels, once a machine, takes {build} s.\n\n"
+    )
+    return text + table(["topology", "seconds, median", "CPU seconds", "MB by process"], rows) + origin(result)
 
 
 def afd(result: dict[str, Any]) -> str:
@@ -192,6 +229,7 @@ def validation(result: dict[str, Any]) -> str:
 SECTIONS = {
     "validation.json": validation,
     "engine.json": engine,
+    "start.json": start,
     "interference.json": interference,
     "handoff.json": handoff,
     "afd.json": afd,
