@@ -222,6 +222,13 @@ def validation(result: dict[str, Any]) -> str:
         f"{chip['model']}, {chip['dtype']}, {chip['threads']} thread(s)). Wanted: medians and throughput within 10 %, "
         "p90 within 20 %.\n\n"
     )
+    drifts = [
+        f"{comparison['deployment']} {drift['prefill']:.2f}x prefill, {drift['decode']:.2f}x decode"
+        for comparison in result["comparisons"]
+        if (drift := comparison.get("drift")) is not None
+    ]
+    if drifts:
+        text += "Steps just before, over those of the calibration: " + "; ".join(dict.fromkeys(drifts)) + ".\n\n"
     columns = ["deployment", "load", "figure", "measured", "simulated", "error", "within"]
     return text + table(columns, rows) + origin(result)
 

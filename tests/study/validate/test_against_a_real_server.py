@@ -47,6 +47,7 @@ def test_a_machine_is_measured_and_compared_with_its_simulation(
         assert words in shown
     written = json.loads(result.read_text())
     (comparison,) = written["comparisons"]
+    assert comparison["drift"]["decode"] > 0
     stages = {figure["name"]: figure["measured"] for figure in comparison["stages"]}
     assert stages["prefill"] > 0
     assert stages["decode"] > 0

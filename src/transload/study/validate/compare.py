@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import msgspec
 
 from transload.study.metrics import Distribution, Summary
+from transload.study.validate.drift import Drift
 
 P50_WITHIN = 0.10
 P90_WITHIN = 0.20
@@ -49,6 +50,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     figures: tuple[Figure, ...]
     stages: tuple[Figure, ...]
     """Mean seconds a request spends in each stage of its waterfall."""
+    drift: Drift | None = None
+    """Of the machine since it was measured."""
 
     @property
     def holds(self) -> bool:

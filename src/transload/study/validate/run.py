@@ -24,6 +24,7 @@ from transload.study.result import Result
 from transload.study.timeline import Timeline, read_timeline
 from transload.study.told import chosen
 from transload.study.validate.compare import Comparison, compare
+from transload.study.validate.drift import measure_drift
 from transload.study.validate.virtual import VirtualRun, capacity, measured_of, play_virtual
 from transload.study.workload import ClosedLoop, Fixed, LogNormal, Poisson, Synthetic, Workload, synthetic
 
@@ -79,6 +80,12 @@ def validate(
     results: list[Result] = []
     for name, deployment in cases:
         workloads = list(_workloads(deployment, chip_path, load, say))
+        drift = measure_drift(deployment, measured)
+        if drift is not None and drift.is_noticed:
+            say(
+                f"note: steps take {drift.prefill:.2f} x (prefill), {drift.decode:.2f} x (decode) as long now as when "
+                "they were measured; the errors are the machine's too. Calibrate anew while nothing else runs"
+            )
         with new_folder() as folder, ServerProcess(deployment, Path(folder)) as server:
             _warm_up(server.url)
             for words, workload in workloads:
@@ -86,7 +93,8 @@ def validate(
                 played = play(server.url, workload)
                 simulated = play_virtual(deployment, chip_path, workload, name=name)
                 summary = summarize(played.records, Targets())
-                comparisons.append(_compare(name, words, summary, played, simulated))
+                compared = _compare(name, words, summary, played, simulated)
+                comparisons.append(msgspec.structs.replace(compared, drift=drift))
                 real.append(summary)
                 virtual.append(simulated.summary)
                 timeline = read_timeline(server.event_log)
