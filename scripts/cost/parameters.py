@@ -15,6 +15,9 @@ FORMATS = ("bf16", "fp8", "fp4")
 GROUPED = (*FORMATS, "mxfp4", "mxfp4_wide")
 BACKENDS = ("trtllm", "vllm", "sglang")
 FITTED_CHIPS = ("b200_sxm", "gb200", "h100_sxm", "h200_sxm")
+NODE_SHARE = 0.77
+"""Of NVLink and of a 400 Gb/s port, that exchanges between nodes reach: DeepEP states 153 GB/s of 200, and 43 to 58 of
+50 (its README, H800). Hardly a point here crosses nodes."""
 LIGHT = 1.0
 """No share of a peak passes it."""
 
@@ -106,7 +109,8 @@ def efficiency(values: dict[str, float], basis: str = "fit") -> Efficiency:
         mla_prefill=curve("mla_prefill.compute", "mla_decode.memory", "mla_prefill.half", values["mla.floor"]),
         mla_decode=curve("mla_decode.compute", "mla_decode.memory", floor=values["mla.floor"]),
         elementwise=Curve(compute=1.0, memory=min(values["elementwise.memory"], LIGHT)),
-        all_reduce=collective("all_reduce"), all_to_all=collective("all_to_all"),
+        all_reduce=collective("all_reduce"),
+        all_to_all=msgspec.structs.replace(collective("all_to_all"), across_share=NODE_SHARE),
         p2p=Collective(base_seconds=1e-5, share=0.8),
         overhead={"generic": _median(list(engines.values())), **engines},
         routing=Routing(),

@@ -56,6 +56,9 @@ class Collective(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     share: float
     across_seconds: float = 0.0
     """On top where the chips are in more than one scale-up domain."""
+    across_share: float | None = None
+    """Of the bandwidth of either link where the chips are in more than one domain, by libraries made for that;
+    None: the same share."""
 
 
 class Overhead(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

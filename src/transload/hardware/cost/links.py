@@ -84,13 +84,14 @@ def all_to_all(
     if num_chips == 1:
         return Message()
     reach = reach_of(chip, num_chips)
-    share = efficiency.all_to_all.share
+    collective = efficiency.all_to_all
+    share = collective.share if reach.domains == 1 else collective.across_share or collective.share
     inside = ranks_visited * (reach.domain - 1) / reach.domain / (number(chip, "scale_up.bandwidth") * share)
     across = 0.0
     if reach.domains > 1:
         away = domains_visited * (reach.domains - 1) / reach.domains
         across = away / (number(chip, "scale_out.bandwidth") * share)
-    return Message(fixed_seconds=_fixed(chip, efficiency.all_to_all, reach), seconds_per_byte=max(inside, across))
+    return Message(fixed_seconds=_fixed(chip, collective, reach), seconds_per_byte=max(inside, across))
 
 
 def hop(chip: Chip, efficiency: Efficiency, num_chips: int) -> Message:
