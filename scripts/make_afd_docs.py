@@ -121,10 +121,11 @@ expert split to 64) on the same chips, FP8 weights, at most 50 ms a token. Laten
 smaller than the cost model's own error for mixtures of experts, so read them as signs and orders, not as promises.
 """
 WHY = """
-Below the break-even latency two or three micro-batches hide the hops; above it they show in every layer. Where experts
-are spread over a slow network, a split also saves their exchange, and gains more than on NVLink. Dense models gain
-little: their FFN is read once a step whatever the split, and merged rows soon make it wait for arithmetic. At short
-contexts attention is too little to hide an FFN behind it.
+So it pays with long contexts and fast links: attention must be long enough to hide an FFN and two hops behind it. Below
+the break-even latency two or three micro-batches do that; above it the hops show in every layer. Where the two sides
+reach each other over the network between boxes only, and experts are many and thin (DeepSeek-V3), wide expert
+parallelism without a split is as good up to tens of thousands of tokens of context; arXiv 2602.09721 calls this the dead
+zone. Dense models gain little anywhere: merged rows soon make their FFN wait for arithmetic.
 """
 RUBIN = """
 Attention on Rubin R200, FFN on Groq LP30: the article's fifth system. The bridge between the two is not published;
