@@ -124,18 +124,20 @@ WHY = """
 So it pays with long contexts and fast links: attention must be long enough to hide an FFN and two hops behind it. Below
 the break-even latency two or three micro-batches do that; above it the hops show in every layer. Where the two sides
 reach each other over the network between boxes only, and experts are many and thin (DeepSeek-V3), wide expert
-parallelism without a split is as good up to tens of thousands of tokens of context; arXiv 2602.09721 calls this the dead
-zone. Dense models gain little anywhere: merged rows soon make their FFN wait for arithmetic.
+parallelism without a split is as good up to tens of thousands of tokens of context; arXiv 2602.09721 calls this the
+dead zone. Dense models gain little anywhere: merged rows soon make their FFN wait for arithmetic.
 """
 RUBIN = """
 Attention on Rubin R200, FFN on Groq LP30: the article's fifth system. The bridge between the two is not published;
 **{bandwidth:g} GB/s a port and {latency:g} us one way are assumed** and swept below. Context 8K, FP8. The FFN side
 takes 512 LPUs for Qwen3-235B and 1,536 for DeepSeek-V3 (500 MB each), in {stages}. Neither price nor power of an LPU is
 published, so beside the gain with all chips counted alike stands what an LPU may cost (or draw) at most, in Rubin GPUs,
-for the split to be worth as much as Rubin alone. *neither*: the target is kept neither split nor unsplit.
+for the split to be worth as much as Rubin alone. *split only*: Rubin alone keeps the target with no batch; *neither*:
+nor does a split.
 """
 BRIDGES = """
-The same for Qwen3-235B at 5 ms a token, by the bridge's bandwidth a port and its latency one way (gain, chips alike):
+Qwen3-235B at 5 ms a token, by the bridge's bandwidth a port and its latency one way: tokens per second and Rubin GPU
+of the best split.
 """
 SO = """
 So it pays for fast answers: where GPUs must run nearly empty to keep the target, an FFN in SRAM gives them back their
@@ -252,6 +254,11 @@ def break_even_context(answers: dict[str, Any]) -> str:
     return "nowhere"
 
 
+def per_rubin(answer: dict[str, Any]) -> str:
+    best = answer.get("split")
+    return f"{best['per_attention_chip']:,.0f}" if best else "no split keeps it"
+
+
 def rubin(result: dict[str, Any]) -> str:
     part = result["rubin"]
     targets = list(next(iter(part["targets_ms"].values())))
@@ -281,7 +288,7 @@ def rubin(result: dict[str, Any]) -> str:
     text += table(columns, rows) + "\n![Rubin and LP30](afd-rubin.svg)\n\n"
     latencies = list(next(iter(part["bridges"].values())))
     rows = [
-        [f"{bandwidth} GB/s", *(gain(answers[latency]) for latency in latencies)]
+        [f"{bandwidth} GB/s", *(per_rubin(answers[latency]) for latency in latencies)]
         for bandwidth, answers in part["bridges"].items()
     ]
     sweep_table = table(["bridge", *(f"{latency} us" for latency in latencies)], rows)
