@@ -23,6 +23,8 @@ TOPOLOGIES = {
     "aggregated": ("--topology", "1agg"),
     "split over shared memory": ("--topology", "1p1d"),
     "split over TCP, small chunks, one layer a frame": (str(Path(__file__).parent / "tcp_small_chunks.yaml"),),
+    "attention and feed-forwards apart": ("--topology", "1a1f"),
+    "prefill, attention and feed-forwards apart": ("--topology", "1p1a1f", "--set", "pools.decode.ffn.micro_batches=3"),
 }
 
 
@@ -87,7 +89,7 @@ def answers() -> dict[str, list[tuple[list[str], list[float]]]]:
         with LiveServer(*arguments, *EXACT) as server:
             found[name] = complete(server)
             SAMPLED[name] = sample(server)
-            if name != "aggregated":
+            if name.startswith(("split", "prefill")):
                 assert server.metric("transload_transfers_total", outcome="verified") == len(GOLDEN) + 5
     return found
 
