@@ -20,7 +20,7 @@ from transload.hardware.cost.measured import MeasuredStepCost
 from transload.hardware.measured import Interference, MeasuredSteps
 from transload.model.source import ModelFiles, locate
 from transload.study.calibrate import fit as fitting
-from transload.study.calibrate.effort import Effort, Say
+from transload.study.calibrate.effort import Effort, Say, warn_if_busy
 from transload.study.calibrate.endpoint import calibrate_endpoint
 from transload.study.calibrate.probes import Probe, StepOrder, measure_together, probes
 from transload.study.calibrate.server import Played, ServerProcess, new_folder, play
@@ -37,6 +37,7 @@ def calibrate_machine(deployment: Deployment, effort: Effort, say: Say, *, comma
 
     Raises `TransloadError` if something cannot be started or measured.
     """
+    warn_if_busy(say)
     files = locate(deployment.model)
     placement = place(deployment, read_machine(), files.arch)
     plans = _representatives(placement)

@@ -15,6 +15,7 @@ from transload.deploy.load import to_yaml
 from transload.deploy.spec import Deployment, Targets
 from transload.hardware.measured import MeasuredSteps
 from transload.runtime.base import Waterfall
+from transload.study.calibrate.effort import warn_if_busy
 from transload.study.calibrate.server import Played, ServerProcess, new_folder, play
 from transload.study.curves import latency_curves
 from transload.study.metrics import Summary, summarize
@@ -72,6 +73,7 @@ def validate(
 
     Raises `TransloadError` if a server cannot be started or a request fails.
     """
+    warn_if_busy(say)
     measured = measured_of(chip_path)
     started_at, machine = datetime.now(UTC).isoformat(timespec="seconds"), machine_facts()
     comparisons: list[Comparison] = []
