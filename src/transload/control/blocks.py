@@ -67,17 +67,28 @@ class BlockPool:
 
     def room_beside(self, prefix: Sequence[int]) -> int:
         """Blocks that can be handed out once those of a matched prefix are referenced."""
-        return self.num_available - sum(1 for block in prefix if not self._references[block])
+        room = len(self._free) + len(self._cached)
+        return room - sum(1 for block in prefix if not self._references[block]) if prefix else room
 
     def acquire(self, prefix: Sequence[int], num_new: int) -> list[int] | None:
         """Reference the blocks of a matched prefix and allocate `num_new` more. None: no room, nothing changed."""
         if num_new > self.room_beside(prefix):
             return None
+        references, free = self._references, self._free
         for block in prefix:
-            if not self._references[block]:
+            if not references[block]:
                 del self._cached[block]
-            self._references[block] += 1
-        return [*prefix, *(self._take() for _ in range(num_new))]
+            references[block] += 1
+        taken: list[int] = []
+        if 0 < num_new <= len(free):
+            taken = free[-num_new:]
+            del free[-num_new:]
+            taken.reverse()
+            for block in taken:
+                references[block] = 1
+        elif num_new:
+            taken = [self._take() for _ in range(num_new)]
+        return [*prefix, *taken]
 
     def _take(self) -> int:
         if self._free:
@@ -101,13 +112,15 @@ class BlockPool:
     def release(self, blocks: Sequence[int]) -> None:
         """Give back one reference to each block. Later blocks of a request become evictable before earlier ones:
         a block is useless without those before it."""
+        references, keys, free = self._references, self._keys, self._free
         for block in reversed(blocks):
-            assert self._references[block] > 0, f"block {block} is released but nobody holds it"
-            self._references[block] -= 1
-            if self._references[block]:
+            left = references[block] - 1
+            assert left >= 0, f"block {block} is released but nobody holds it"
+            references[block] = left
+            if left:
                 continue
-            if self._keys[block] is None:
-                self._free.append(block)
+            if keys[block] is None:
+                free.append(block)
             else:
                 self._cached[block] = None
 

@@ -9,8 +9,9 @@ blocks are never freed while the executor may touch them. Its half of every hand
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -53,7 +54,7 @@ from transload.control.messages import (
     WorkerId,
 )
 from transload.control.prefix import root_key
-from transload.control.step_run import StepRun, hold_computed
+from transload.control.step_run import StepRun, hold
 from transload.control.work import Work
 
 
@@ -103,39 +104,28 @@ class Engine:
         self._run = StepRun(config.run_steps)
         self._cache_sequence = 0
         self._load = LoadReport(config.worker, self.pool)
+        self._take: dict[type, Callable[[Any, float], None]] = {
+            StepDone: self._step_done,
+            StepFailed: self._step_failed,
+            LayersReady: self._layers_ready,
+            PeerFrame: self._take_frame,
+            Run: self._take_run,
+            Reserve: self._take_reserve,
+            Prefill: self._take_prefill,
+            Cancel: self._cancel,
+            SendsDrained: lambda event, _: self.exchange.sends_drained(event.transfer),
+            PeerUp: lambda event, _: self.exchange.peer_up(event.peer, event.one_sided),
+            PeerLost: lambda event, _: self._settle(self.exchange.peer_lost(event.peer)),
+            TimerFired: lambda _event, _: self._settle(self.exchange.tick()),
+        }
 
     def handle(self, event: EngineEvent, now: float) -> list[EngineCommand]:
         """Take in one fact; return what is to be done about it, in order."""
-        match event:
-            case StepDone():
-                self._step_done(event)
-            case LayersReady(step, layer_lo, layer_hi):
-                self._layers_ready(step, layer_lo, layer_hi)
-            case PeerFrame(peer, frame, arrived_checksum):
-                self._settle(self.exchange.take_frame(peer, frame, arrived_checksum, now))
-            case Run(request, epoch, outputs):
-                self._enqueue(Work(request, epoch, outputs, "run", self._next_arrival()))
-            case Reserve(request, epoch, source, outputs):
-                work = Work(request, epoch, outputs, "receive", self._next_arrival())
-                work.source = source
-                self._enqueue(work)
-            case Prefill(request, epoch, _, _, outputs):
-                work = Work(request, epoch, outputs, "send", self._next_arrival())
-                self._enqueue(work, self.exchange.open_send(work, event.target, event.grant))
-            case Cancel(request_id, epoch):
-                self._cancel(request_id, epoch)
-            case SendsDrained(transfer):
-                self.exchange.sends_drained(transfer)
-            case PeerUp(peer, one_sided):
-                self.exchange.peer_up(peer, one_sided)
-            case PeerLost(peer):
-                self._settle(self.exchange.peer_lost(peer))
-            case TimerFired():
-                self._settle(self.exchange.tick())
-            case StepFailed(_, reason):
-                self._step_failed(reason)
-        self._admit()
-        self._start_step()
+        self._take[type(event)](event, now)
+        if self._waiting:
+            self._admit()
+        if not self._chunks:
+            self._start_step()
         if self._run.repeats > 1 and self._run.must_end(self.pool):
             self._out.append(EndRun(self._step))
         self._report_changes()
@@ -144,6 +134,21 @@ class Engine:
         return commands
 
     # -- assignments --------------------------------------------------------------------------------------------------
+
+    def _take_frame(self, event: PeerFrame, now: float) -> None:
+        self._settle(self.exchange.take_frame(event.peer, event.frame, event.arrived_checksum, now))
+
+    def _take_run(self, event: Run, _now: float) -> None:
+        self._enqueue(Work(event.request, event.epoch, event.outputs, "run", self._next_arrival()))
+
+    def _take_reserve(self, event: Reserve, _now: float) -> None:
+        work = Work(event.request, event.epoch, event.outputs, "receive", self._next_arrival())
+        work.source = event.source
+        self._enqueue(work)
+
+    def _take_prefill(self, event: Prefill, _now: float) -> None:
+        work = Work(event.request, event.epoch, event.outputs, "send", self._next_arrival())
+        self._enqueue(work, self.exchange.open_send(work, event.target, event.grant))
 
     def _next_arrival(self) -> int:
         self._num_arrivals += 1
@@ -166,9 +171,9 @@ class Engine:
     def _capacity_tokens(self) -> int:
         return self.pool.num_blocks * self.pool.block_size
 
-    def _cancel(self, request_id: RequestId, epoch: int) -> None:
-        work = self._works.get(request_id)
-        if work is not None and work.epoch <= epoch:
+    def _cancel(self, event: Cancel, _now: float) -> None:
+        work = self._works.get(event.request)
+        if work is not None and work.epoch <= event.epoch:
             self._drop(work, "cancelled")
 
     # -- admission: blocks for those who wait -------------------------------------------------------------------------
@@ -229,30 +234,36 @@ class Engine:
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def _start_step(self) -> None:
-        if self._chunks or not (self._running or self._run.length):
+        if not (self._running or self._run.length):
             return
         planned = self._plan()
         continues = self._run.goes_on_with([work for work, _ in planned])
         if self._run.length and not continues:
             self._report_run()
         if planned:
-            self._step += 1
-            repeats = self._run.plan(self.pool)
-            self._chunks = tuple([(work, self._chunk(work, num_tokens)) for work, num_tokens in planned])
-            chunks = tuple([chunk for _, chunk in self._chunks])
-            self._out.append(RunStep(self._step, chunks, tuple(self._arrived), repeats, continues))
-            self._num_taken_in = len(self._arrived)
+            self._run_step(planned, self._run.plan(self.pool), tuple(self._arrived), continues=continues)
+
+    def _run_step(
+        self, planned: list[tuple[Work, int]], repeats: int, arrived: tuple[int, ...], *, continues: bool
+    ) -> None:
+        self._step += 1
+        chunks = [self._chunk(work, num_tokens) for work, num_tokens in planned]
+        self._chunks = tuple([(work, chunk) for (work, _), chunk in zip(planned, chunks, strict=True)])
+        self._out.append(RunStep(self._step, tuple(chunks), arrived, repeats, continues))
+        self._num_taken_in = len(arrived)
 
     def _plan(self) -> list[tuple[Work, int]]:
         decoding = [work for work in self._running.values() if work.is_decoding]
-        decoding = [work for work in decoding if self._grow(work)]
-        prefilling = [work for work in self._running.values() if work.phase == "running" and not work.is_decoding]
-        return plan_chunks(
-            (work for work in decoding if work.phase == "running"),
-            prefilling,
-            step_tokens=self.config.step_tokens,
-            block_size=self.config.block_size,
-        )
+        size = self.pool.block_size
+        short = [work for work in decoding if len(work.blocks) * size < work.num_known]
+        if short:
+            for work in short:
+                self._grow(work)
+            decoding = [work for work in decoding if work.phase == "running"]
+        prefilling: list[Work] = []
+        if len(decoding) < len(self._running):
+            prefilling = [work for work in self._running.values() if not work.is_decoding]
+        return plan_chunks(decoding, prefilling, step_tokens=self.config.step_tokens, block_size=size)
 
     def _chunk(self, work: Work, num_tokens: int) -> Chunk:
         work.in_step = True
@@ -271,22 +282,15 @@ class Engine:
             num_sent_blocks=work.sender.next_block if work.sender is not None else 0,
         )
 
-    def _grow(self, work: Work) -> bool:
-        """Room for the next token; takes it from the youngest request if there is none. False: it was itself."""
-        if work.phase != "running":
-            return False
-        while self.pool.blocks_for(work.num_known) > len(work.blocks):
+    def _grow(self, work: Work) -> None:
+        """Room for the next token; takes it from the youngest request if there is none, which may be itself."""
+        while work.phase == "running" and self.pool.blocks_for(work.num_known) > len(work.blocks):
             block = self.pool.acquire((), 1)
             if block is not None:
                 work.blocks += block
                 continue
-            victim = max(
-                (other for other in self._running.values() if other.kind != "send"), key=lambda other: other.arrival
-            )
-            self._preempt(victim)
-            if victim is work:
-                return False
-        return True
+            at_home = [other for other in self._running.values() if other.kind != "send"]
+            self._preempt(max(at_home, key=lambda other: other.arrival))
 
     def _preempt(self, work: Work) -> None:
         """Take its blocks; it goes to the head of the queue with all its tokens and is computed again."""
@@ -296,18 +300,18 @@ class Engine:
         self._waiting.appendleft(work)
         self._report(Preempted(self.config.worker, work.request.id, work.epoch))
 
-    def _layers_ready(self, step: int, layer_lo: int, layer_hi: int) -> None:
-        assert step == self._step, f"layers of step {step} while step {self._step} runs"
+    def _layers_ready(self, event: LayersReady, _now: float) -> None:
+        assert event.step == self._step, f"layers of step {event.step} while step {self._step} runs"
         for work, chunk in self._chunks:
             if work.sender is not None and not work.failed:
-                self.exchange.layers_ready(work, layer_lo, layer_hi, self._complete_blocks(work, chunk))
+                self.exchange.layers_ready(work, event.layer_lo, event.layer_hi, self._complete_blocks(work, chunk))
 
     def _complete_blocks(self, work: Work, chunk: Chunk) -> int:
         """Blocks that are complete once this chunk is computed; the last, partial one is when the prompt ends."""
         end = chunk.start + chunk.num_tokens
         return self.pool.blocks_for(end) if end == work.num_known else end // self.pool.block_size
 
-    def _step_done(self, done: StepDone) -> None:
+    def _step_done(self, done: StepDone, _now: float) -> None:
         assert done.step == self._step, f"step {done.step} returned while step {self._step} runs"
         self._step += done.count - 1
         chunks, self._chunks = self._chunks, ()
@@ -319,14 +323,14 @@ class Engine:
             work.in_step = False
             num_tokens += chunk.num_tokens
             num_decode += chunk.num_tokens == 1 and chunk.num_outputs > 0
-            if work.failed:
+            if work.failed and not done.goes_on:
                 self._free(work)
                 continue
             if work.sender is not None:
                 work.sender.chunk_done(self._complete_blocks(work, chunk))
             work.num_computed += chunk.num_tokens + done.count - 1
-            if done.count > 1:
-                hold_computed(work, self.pool)
+            if done.count > 1 or done.goes_on:
+                hold(work, work.num_computed + done.goes_on, self.pool)
             drawn = sampled[work.request.id] if chunk.samples else None
             if drawn is not None:
                 work.append(drawn.token, drawn.more)
@@ -338,6 +342,9 @@ class Engine:
         self._run.add(done.count, done.seconds, (len(chunks), num_tokens - num_decode, num_decode))
         if self._run.length >= self.config.run_steps:
             self._report_run()
+        if done.goes_on:
+            repeats = 1 if self._run.is_stale else self._run.plan(self.pool)
+            self._run_step([(work, 1) for work, _ in chunks], repeats, (), continues=True)
 
     def _take_tokens(self, work: Work, drawn: Sampled) -> Token:
         """What has just been drawn is one of the request's tokens now: say so, and whether it is the last."""
@@ -364,14 +371,14 @@ class Engine:
                 self.pool.register(work.blocks[index], keys[index])
             work.num_registered = num_full
 
-    def _step_failed(self, reason: str) -> None:
+    def _step_failed(self, event: StepFailed, _now: float) -> None:
         chunks, self._chunks = self._chunks, ()
         for work, _ in chunks:
             work.in_step = False
             if work.failed:
                 self._free(work)
             else:
-                self._fail(work, reason)
+                self._fail(work, event.reason)
 
     # -- ends ---------------------------------------------------------------------------------------------------------
 
@@ -484,10 +491,19 @@ class Engine:
         held = list(self._works.values())
         return held + [work for work, _ in self._chunks if work.failed]
 
-    @property
-    def num_waiting(self) -> int:
-        """Requests that have no blocks yet."""
-        return len(self._waiting)
+    def depends_on_run(self, event: EngineEvent) -> bool:
+        """Whether it makes a difference to this event how far the run of steps under way has got: then `StepDone`
+        should tell first."""
+        if self._waiting:
+            return True
+        match event:
+            case PeerFrame() | TimerFired() | LayersReady():
+                return False
+            case Run(request, _, outputs) | Reserve(request, _, _, outputs) | Prefill(request, _, _, _, outputs):
+                num_new = self.pool.blocks_for(request.num_prompt_tokens + len(outputs)) + len(self._running)
+                return num_new + self._run.most_blocks(self.pool) > self.pool.num_free
+            case _:
+                return True
 
     @property
     def is_idle(self) -> bool:

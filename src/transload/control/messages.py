@@ -218,12 +218,14 @@ class Sampled(Message, frozen=True):
 
 
 class StepDone(Message, frozen=True):
-    """The step is computed, or `count` steps of it, each a token further; `seconds` is how long the chip worked."""
+    """The step is computed, or `count` steps of it, each a token further; `seconds` is how long the chip worked.
+    `goes_on`: the run is not over, and the next step of the same requests is under way."""
 
     step: int
     sampled: tuple[Sampled, ...]
     seconds: float
     count: int = 1
+    goes_on: bool = False
 
 
 class StepFailed(Message, frozen=True):

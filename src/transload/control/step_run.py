@@ -13,7 +13,7 @@ from transload.control.work import Work
 class StepRun:
     """The run of one worker. Of at most `most_steps` steps: then its worker says how it is, whatever happens."""
 
-    __slots__ = ("_is_decode", "_seconds", "_works", "is_stale", "length", "most_steps", "repeats", "shape")
+    __slots__ = ("_is_decode", "_planned", "_seconds", "_works", "is_stale", "length", "most_steps", "repeats", "shape")
 
     def __init__(self, most_steps: int) -> None:
         self.most_steps = most_steps
@@ -28,6 +28,7 @@ class StepRun:
         self._works: list[Work] = []
         self._is_decode = False
         self._seconds = 0.0
+        self._planned = 1  # as `repeats`, until it is told how many of them there were
 
     def goes_on_with(self, works: list[Work]) -> bool:
         """Take note of the next step's requests. Whether they are those of the step before, each a token further."""
@@ -41,7 +42,7 @@ class StepRun:
         """How many steps these requests can be taken through with nothing to decide or to tell: nobody ends before the
         last, and the free blocks are enough."""
         self.is_stale = False
-        self.repeats = 1
+        self.repeats = self._planned = 1
         if self.most_steps > 1 and self._is_decode and self._works:
             repeats = min(self.most_steps - self.length, 1 + pool.num_free // len(self._works) * pool.block_size)
             for work in self._works:
@@ -52,21 +53,24 @@ class StepRun:
                     remaining = min(remaining, pool.block_size - work.num_computed % pool.block_size)
                 if remaining < repeats:
                     repeats = remaining
-            self.repeats = repeats
+            self.repeats = self._planned = repeats
         return self.repeats
 
     def must_end(self, pool: BlockPool) -> bool:
         """Whether the step under way has to be the last of its run: the plan is out of date, or others have taken the
         blocks it counts on."""
-        num_blocks = len(self._works) * pool.blocks_for(self.repeats - 1)
-        if not self.is_stale and num_blocks <= pool.num_free:
+        if not self.is_stale and self.most_blocks(pool) <= pool.num_free:
             return False
         self.repeats = 1
         return True
 
+    def most_blocks(self, pool: BlockPool) -> int:
+        """Blocks that the run under way may take before it is over."""
+        return len(self._works) * pool.blocks_for(self._planned - 1)
+
     def add(self, num_steps: int, seconds: float, shape: tuple[int, int, int]) -> None:
         """Steps were done."""
-        self.repeats = 1
+        self.repeats = self._planned = 1
         self.length += num_steps
         self._seconds += seconds
         self.shape = shape
@@ -79,9 +83,9 @@ class StepRun:
         return taken
 
 
-def hold_computed(work: Work, pool: BlockPool) -> None:
+def hold(work: Work, num_tokens: int, pool: BlockPool) -> None:
     """Give a request the blocks that a run of steps has gone on into: it was planned so that they are free."""
-    num_new = pool.blocks_for(work.num_computed) - len(work.blocks)
+    num_new = pool.blocks_for(num_tokens) - len(work.blocks)
     if num_new > 0:
         blocks = pool.acquire((), num_new)
         assert blocks is not None

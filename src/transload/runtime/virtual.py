@@ -28,13 +28,9 @@ from transload.control.messages import (
     Finish,
     ForgetKv,
     HandoffFailed,
-    KvCredit,
-    KvData,
-    KvRenew,
     LinkMeasured,
     Load,
     Message,
-    PeerFrame,
     PeerLost,
     PeerUp,
     Reject,
@@ -76,8 +72,6 @@ STEP_ENDS, OUTSIDE, TIMERS, MESSAGES, FRAMES = (kind << 40 for kind in range(5))
 """Kinds of what happens, in the order in which they do if it is at the same time."""
 READS_PROGRESS = (Cancelled, TimerFired, WorkerGone, WorkerJoined, HandoffFailed, RequestFailed)
 """What makes the controller look at how many tokens a request has."""
-BETWEEN = (KvData, KvRenew, KvCredit)
-"""Frames that change nothing of what runs, as long as they come in order."""
 
 
 class VirtualRuntime:
@@ -119,7 +113,6 @@ class VirtualRuntime:
         steps_fault = None if step_fault is never_fails else step_fault
         self._steps = VirtualSteps(self, cost, draw_token, steps_fault, contents, watcher, jumps=jumps)
         self._links = VirtualLinks(self, None if frame_fault is faithful else frame_fault, contents, watcher)
-        self._between = frozenset(BETWEEN if frame_fault is faithful else ())
         self._obey_worker: dict[type, Callable[[LiveWorker, Any], None]] = {
             RunStep: self._steps.start,
             EndRun: self._steps.end_run,
@@ -255,7 +248,7 @@ class VirtualRuntime:
             worker.backlog.append((self.tell_worker, (worker, event)))
             return
         engine = worker.engine
-        if worker.run is not None and not (type(event) is PeerFrame and type(event.frame) in self._between):
+        if worker.run is not None and self._steps.is_behind(worker) and engine.depends_on_run(event):
             self._steps.catch_up(worker)
         if self._observe is not None:
             self._observe(self.now, worker.name, event)
@@ -271,22 +264,21 @@ class VirtualRuntime:
 
     # -- messages -----------------------------------------------------------------------------------------------------
 
-    def _message(self, channel: int, action: Callable[..., None], *arguments: object) -> float:
-        """A socket keeps the order: a message that takes less time than the one before it arrives right behind it.
-        Returns when it arrives."""
+    def _message(self, channel: int, action: Callable[..., None], *arguments: object) -> None:
+        """A socket keeps the order: a message that takes less time than the one before it arrives right behind it."""
         at_seconds = max(self.now + on_tick(self._cost.message_seconds()), self._last_message.get(channel, 0.0))
         self._last_message[channel] = at_seconds
         self._at(at_seconds, MESSAGES | channel, action, arguments)
-        return at_seconds
 
     def _to_controller(self, worker: LiveWorker, command: ToController) -> None:
         event, channel = command.event, 2 * worker.index + 1
         if worker.emission is None or type(event) is not Emitted:
             self._message(channel, self._from_worker, worker, event)
             return
-        at_seconds = self._message(channel, self._flight_arrives, worker)
         run, first, last = worker.emission
-        worker.flights.append(Flight(event, StepTimes(run, first, last, at_seconds - run.end(last))))
+        after_seconds = on_tick(self._cost.message_seconds())
+        worker.flights.append(Flight(event, StepTimes(run, first, last, after_seconds)))
+        self._at(self.now + after_seconds, MESSAGES | channel, self._flight_arrives, (worker,))
 
     def _from_worker(self, worker: LiveWorker, event: ControllerEvent, times: Sequence[float] | None = None) -> None:
         """What a worker said before it died is lost with its socket, unless it has arrived."""

@@ -128,7 +128,9 @@ class VirtualSteps:
             self._watcher.steps(worker.name, began, now, 1, num_prefill, num_decode)
         self._runtime.tell_worker(worker, StepDone(step.step, self._draw(step.chunks, 1), now - began))
 
-    def _tell_run(self, worker: LiveWorker, run: DecodeRun, step: RunStep, number: int) -> None:
+    def _tell_run(
+        self, worker: LiveWorker, run: DecodeRun, step: RunStep, number: int, *, goes_on: bool = False
+    ) -> None:
         """All steps of the run up to this one are done."""
         done = run.num_done
         count = number - done
@@ -138,7 +140,8 @@ class VirtualSteps:
             self._watcher.steps(worker.name, began, ended, count, 0, len(step.chunks))
         if self.jumps:
             worker.emission = (run, done + 1, number)
-        self._runtime.tell_worker(worker, StepDone(step.step, self._draw(step.chunks, count), ended - began, count))
+        sampled = self._draw(step.chunks, count)
+        self._runtime.tell_worker(worker, StepDone(step.step, sampled, ended - began, count, goes_on))
         worker.emission = None
 
     def _draw(self, chunks: tuple[Chunk, ...], count: int) -> tuple[Sampled, ...]:
@@ -161,17 +164,22 @@ class VirtualSteps:
 
     # -- in between ---------------------------------------------------------------------------------------------------
 
+    @staticmethod
+    def is_behind(worker: LiveWorker) -> bool:
+        """Whether the engine may not have been told of all steps that have ended."""
+        return worker.run is not None and worker.run.num_planned - worker.run.num_done > 1
+
     def catch_up(self, worker: LiveWorker) -> None:
         """Tell the engine of the steps that have ended by now, as of then."""
         run, step = worker.run, worker.step
-        if run is None or step is None or run.num_planned - run.num_done <= 1 or worker.backlog is not None:
+        if run is None or step is None or worker.backlog is not None or not self.is_behind(worker):
             return
         number = run.num_ended(self._runtime.now)
         if number == run.num_done:
             return
         worker.step_version += 1
         now, self._runtime.now = self._runtime.now, run.end(number)
-        self._tell_run(worker, run, step, number)
+        self._tell_run(worker, run, step, number, goes_on=True)
         self._runtime.now = now
 
     def end_run(self, worker: LiveWorker, _command: EndRun | None = None) -> None:

@@ -7,6 +7,7 @@ Drives the shipped controller and engines; decides nothing itself. Chance comes 
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
@@ -146,6 +147,10 @@ class Simulation:
         """To the end; False if `progress` has ended it before."""
         runtime, recorder = self.runtime, self.recorder
         goes_on = True
+        gc.collect()
+        gc.freeze()  # nothing in a run refers to itself in a circle: looking for that takes time and finds nothing
+        before = gc.get_threshold()
+        gc.set_threshold(200_000, 50, 100)
         try:
             runtime.call(0.0, self._look)
             while runtime.run_events(EVENTS_BETWEEN_LOOKS):
@@ -157,6 +162,9 @@ class Simulation:
                     break
         except KeyboardInterrupt:
             goes_on = False
+        finally:
+            gc.set_threshold(*before)
+            gc.unfreeze()
         recorder.close(recorder.last_end if goes_on else runtime.now)
         return goes_on
 
