@@ -21,6 +21,7 @@ from transload.control.messages import (
     Message,
     Prefill,
     Reject,
+    ReportTokens,
     Request,
     RequestId,
     Reserved,
@@ -94,6 +95,8 @@ class Everything:
             case StepDone():
                 self.num_steps += event.count
                 self.num_step_events += 1
+            case ReportTokens():
+                pass  # asked by whoever jumps
             case _:
                 self.num_loads += isinstance(event, Load) and event.step_seconds > 0
                 self.told.append((now, who, without_block_names(event)))
@@ -104,7 +107,7 @@ def play(seed: int, *, jumps: bool) -> Everything:
     names = random.choice(("p0 d0", "p0 p1 d0", "p0 d0 d1", "a0", "a0 p0 d0")).split()
     one_sided = random.random() < 0.5
     seen = Everything()
-    blocks = random.choice((16, 40, 300))
+    blocks, hold = random.choice((16, 40, 300)), random.choice((0, 7, 256))
     workers = [
         VirtualWorker(
             engine=EngineConfig(
@@ -118,6 +121,7 @@ def play(seed: int, *, jumps: bool) -> Everything:
                 step_tokens=random.choice((8, 64)),
                 lease_seconds=1.0,
                 run_steps=random.choice((1, 32, 32)),
+                hold_tokens=hold if jumps else 0,
             ),
             pool=ROLES[name[0]],
             role=ROLES[name[0]],
@@ -193,9 +197,8 @@ def test_a_run_that_jumps_is_the_run_that_steps(seed: int) -> None:
     stepped, jumped = play(seed, jumps=False), play(seed, jumps=True)
     assert jumped.ends == stepped.ends
     assert sorted(jumped.tokens) == sorted(stepped.tokens)
-    assert {worker: sorted(made) for worker, made in jumped.made.items()} == {
-        worker: sorted(made) for worker, made in stepped.made.items()
-    }
+    for worker, made in jumped.made.items():
+        assert set(made) <= set(stepped.made[worker])  # not all: nobody needs those of a request that is gone
     assert jumped.told == stepped.told
     assert jumped.num_steps == stepped.num_steps
     assert stepped.num_step_events == stepped.num_steps

@@ -9,14 +9,15 @@ blocks are never freed while the executor may touch them. Its half of every hand
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from random import Random
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from transload.control.batcher import plan_chunks
 from transload.control.blocks import BlockPool
+from transload.control.drawn import all_unreported, finish_of, unreported
 from transload.control.exchange import Exchange, Failed, Outcome, Released, Verified
 from transload.control.load_report import NO_STEP, LoadReport
 from transload.control.messages import (
@@ -37,6 +38,7 @@ from transload.control.messages import (
     Preempted,
     Prefill,
     PrefillSent,
+    ReportTokens,
     RequestFailed,
     RequestId,
     Reserve,
@@ -55,7 +57,7 @@ from transload.control.messages import (
 )
 from transload.control.prefix import root_key
 from transload.control.step_run import StepRun, hold
-from transload.control.work import Work
+from transload.control.work import Work, WorkKind
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,6 +77,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     run_steps: int = 1
     """Most steps of an unchanged batch that are planned, and reported, at once. More than one is for whoever computes
     them in closed form: a worker that really computes takes up what comes in after each step."""
+    hold_tokens: int = 0
+    """Tokens of a request that are held back, until there are so many, it ends, or `ReportTokens` asks. 0: none are."""
 
 
 class Engine:
@@ -109,13 +113,14 @@ class Engine:
             StepFailed: self._step_failed,
             LayersReady: self._layers_ready,
             PeerFrame: self._take_frame,
-            Run: self._take_run,
-            Reserve: self._take_reserve,
-            Prefill: self._take_prefill,
+            Run: self._take_assignment,
+            Reserve: self._take_assignment,
+            Prefill: self._take_assignment,
             Cancel: self._cancel,
             SendsDrained: lambda event, _: self.exchange.sends_drained(event.transfer),
             PeerUp: lambda event, _: self.exchange.peer_up(event.peer, event.one_sided),
             PeerLost: lambda event, _: self._settle(self.exchange.peer_lost(event.peer)),
+            ReportTokens: lambda _event, _: self._report_tokens(self._running.values()),
             TimerFired: lambda _event, _: self._settle(self.exchange.tick()),
         }
 
@@ -138,21 +143,16 @@ class Engine:
     def _take_frame(self, event: PeerFrame, now: float) -> None:
         self._settle(self.exchange.take_frame(event.peer, event.frame, event.arrived_checksum, now))
 
-    def _take_run(self, event: Run, _now: float) -> None:
-        self._enqueue(Work(event.request, event.epoch, event.outputs, "run", self._next_arrival()))
-
-    def _take_reserve(self, event: Reserve, _now: float) -> None:
-        work = Work(event.request, event.epoch, event.outputs, "receive", self._next_arrival())
-        work.source = event.source
-        self._enqueue(work)
-
-    def _take_prefill(self, event: Prefill, _now: float) -> None:
-        work = Work(event.request, event.epoch, event.outputs, "send", self._next_arrival())
-        self._enqueue(work, self.exchange.open_send(work, event.target, event.grant))
-
-    def _next_arrival(self) -> int:
+    def _take_assignment(self, event: Run | Reserve | Prefill, _now: float) -> None:
         self._num_arrivals += 1
-        return self._num_arrivals
+        kind: WorkKind = "run" if isinstance(event, Run) else "receive" if isinstance(event, Reserve) else "send"
+        work = Work(event.request, event.epoch, event.outputs, kind, self._num_arrivals)
+        problem = None
+        if isinstance(event, Reserve):
+            work.source = event.source
+        elif isinstance(event, Prefill):
+            problem = self.exchange.open_send(work, event.target, event.grant)
+        self._enqueue(work, problem)
 
     def _enqueue(self, work: Work, problem: str | None = None) -> None:
         stale = self._works.get(work.request.id)
@@ -294,6 +294,7 @@ class Engine:
 
     def _preempt(self, work: Work) -> None:
         """Take its blocks; it goes to the head of the queue with all its tokens and is computed again."""
+        self._report_tokens([work])
         del self._running[work.request.id]
         self.pool.release(work.blocks)
         work.restart()
@@ -335,8 +336,8 @@ class Engine:
             if drawn is not None:
                 work.append(drawn.token, drawn.more)
             self._register_blocks(work)
-            if drawn is not None:
-                tokens.append(self._take_tokens(work, drawn))
+            if drawn is not None and (token := self._take_tokens(work, drawn)) is not None:
+                tokens.append(token)
         if tokens:
             self._report(Emitted(self.config.worker, tuple(tokens)))
         self._run.add(done.count, done.seconds, (len(chunks), num_tokens - num_decode, num_decode))
@@ -346,21 +347,24 @@ class Engine:
             repeats = 1 if self._run.is_stale else self._run.plan(self.pool)
             self._run_step([(work, 1) for work, _ in chunks], repeats, (), continues=True)
 
-    def _take_tokens(self, work: Work, drawn: Sampled) -> Token:
-        """What has just been drawn is one of the request's tokens now: say so, and whether it is the last."""
-        index = work.num_outputs - 1 - len(drawn.more)
-        sampling = work.request.sampling
-        finish: Literal["stop", "length"] | None = None
-        if work.tokens[-1] in sampling.stop_ids and work.num_outputs >= sampling.min_tokens:
-            finish = "stop"
-        elif work.num_outputs >= work.request.max_tokens:
-            finish = "length"
+    def _take_tokens(self, work: Work, drawn: Sampled) -> Token | None:
+        """What has just been drawn is one of the request's tokens now: say so, unless that can wait."""
+        finish, token = finish_of(work), None
+        held = work.num_outputs - work.num_reported
+        if finish is not None or held >= self.config.hold_tokens or work.num_outputs == work.num_given + 1:
+            token = unreported(work, finish, drawn.logprobs)
         if finish is not None:
             self._drop(work, "finished")
         elif work.sender is not None:
             del self._running[work.request.id]
             self.exchange.send_done(work)
-        return Token(work.request.id, work.epoch, index, drawn.token, finish, drawn.logprobs, drawn.more)
+        return token
+
+    def _report_tokens(self, works: Iterable[Work]) -> None:
+        """Those that were held back."""
+        tokens = all_unreported(works)
+        if tokens:
+            self._report(Emitted(self.config.worker, tokens))
 
     def _register_blocks(self, work: Work) -> None:
         """Make the blocks that have just become full findable."""
@@ -405,7 +409,7 @@ class Engine:
         assert receiver.outputs is not None
         work.num_computed = work.num_known
         work.tokens = [*work.request.prompt, *receiver.outputs]
-        work.num_outputs = len(receiver.outputs)
+        work.num_outputs = work.num_reported = len(receiver.outputs)
         work.num_known = work.request.num_prompt_tokens + work.num_outputs
         self._arrived += receiver.grant.blocks
         work.receiver = None
@@ -497,13 +501,18 @@ class Engine:
         if self._waiting:
             return True
         match event:
-            case PeerFrame() | TimerFired() | LayersReady():
+            case PeerFrame() | TimerFired() | LayersReady() | ReportTokens():
                 return False
             case Run(request, _, outputs) | Reserve(request, _, _, outputs) | Prefill(request, _, _, _, outputs):
                 num_new = self.pool.blocks_for(request.num_prompt_tokens + len(outputs)) + len(self._running)
                 return num_new + self._run.most_blocks(self.pool) > self.pool.num_free
             case _:
                 return True
+
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether some tokens have not been reported."""
+        return any(work.num_reported < work.num_outputs for work in self._running.values())
 
     @property
     def is_idle(self) -> bool:

@@ -271,6 +271,10 @@ class SendsDrained(Message, frozen=True):
     epoch: int
 
 
+class ReportTokens(Message, frozen=True):
+    """Somebody wants to know how far every request is: report the tokens that are held back."""
+
+
 class TimerFired(Message, frozen=True):
     """A timer asked for with `SetTimer` is due."""
 
@@ -290,6 +294,7 @@ EngineEvent = (
     | PeerFrame
     | SendsDrained
     | TimerFired
+    | ReportTokens
 )
 
 

@@ -35,9 +35,11 @@ class Work:
         "known_keys",
         "num_cached",
         "num_computed",
+        "num_given",
         "num_known",
         "num_outputs",
         "num_registered",
+        "num_reported",
         "phase",
         "receiver",
         "request",
@@ -55,6 +57,8 @@ class Work:
         self.arrival = arrival
         self.tokens: list[int] = [*request.prompt, *outputs]
         self.num_outputs = len(outputs)
+        self.num_given = len(outputs)  # of them: made by attempts before this one
+        self.num_reported = len(outputs)  # of them: the controller knows, or will soon
         self.num_known = request.num_prompt_tokens + len(outputs)
         self.num_computed = 0
         self.num_cached = 0

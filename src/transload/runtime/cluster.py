@@ -26,7 +26,7 @@ from transload.control.messages import (
     WorkerId,
 )
 from transload.runtime.decode_run import DecodeRun
-from transload.runtime.flight import Flight
+from transload.runtime.flight import Flight, StepLog
 from transload.runtime.flows import Flow, Wire
 
 
@@ -142,10 +142,11 @@ class LiveWorker:
         """Goes up when the end of its step is known anew: an end that was foretold before does not count."""
         self.run: DecodeRun | None = None
         """The steps its step is one of, if they only decode."""
-        self.emission: tuple[DecodeRun, int, int] | None = None
-        """While its engine is told of a run of steps: the run, and which of its steps."""
+        self.log = StepLog(spec.engine.hold_tokens + spec.engine.run_steps)
+        self.is_emitting = False
+        """While its engine is told of steps: what it reports of tokens was made in the last of them."""
         self.flights: deque[Flight] = deque()
-        """Tokens of runs of steps, on their way to the controller."""
+        """Tokens on their way to the controller."""
 
 
 FrameFault = Callable[[WorkerId, WorkerId, Frame], "list[tuple[float, Frame, int]]"]

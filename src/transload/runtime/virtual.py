@@ -222,8 +222,13 @@ class VirtualRuntime:
             self._watcher.load(event, self.now)
         for command in self.controller.handle(event, self.now):
             match command:
-                case Stream():
-                    self._sink.stream(command, times or (self.now,))
+                case Stream(token):
+                    count = 1 + len(token.more)
+                    if times is None:
+                        own: Sequence[float] = (self.now,) * count
+                    else:
+                        own = times.last(count) if isinstance(times, StepTimes) else times[len(times) - count :]
+                    self._sink.stream(command, own)
                 case ToWorker(worker, assignment):
                     live = self.workers.get(worker)
                     if live is not None:
@@ -259,8 +264,7 @@ class VirtualRuntime:
     def catch_up(self) -> None:
         """Have the controller know every token that has got to it by now."""
         for worker in list(self.workers.values()):
-            self._steps.catch_up(worker)
-            self._land(worker)
+            self._settle(worker)
 
     # -- messages -----------------------------------------------------------------------------------------------------
 
@@ -272,12 +276,16 @@ class VirtualRuntime:
 
     def _to_controller(self, worker: LiveWorker, command: ToController) -> None:
         event, channel = command.event, 2 * worker.index + 1
-        if worker.emission is None or type(event) is not Emitted:
+        if type(event) is not Emitted or not worker.is_emitting:
             self._message(channel, self._from_worker, worker, event)
             return
-        run, first, last = worker.emission
+        length = max([1 + len(token.more) for token in event.tokens])
         after_seconds = on_tick(self._cost.message_seconds())
-        worker.flights.append(Flight(event, StepTimes(run, first, last, after_seconds)))
+        times = worker.log.times(length, after_seconds)
+        if not self._steps.jumps:
+            self._message(channel, self._from_worker, worker, event, times)
+            return
+        worker.flights.append(Flight(event, times))
         self._at(self.now + after_seconds, MESSAGES | channel, self._flight_arrives, (worker,))
 
     def _from_worker(self, worker: LiveWorker, event: ControllerEvent, times: Sequence[float] | None = None) -> None:
@@ -290,8 +298,10 @@ class VirtualRuntime:
         if landed is not None:
             self._from_worker(worker, *landed)
 
-    def _land(self, worker: LiveWorker) -> None:
-        """Tell the controller those tokens of a run of steps that have got there, before the run is over."""
+    def _settle(self, worker: LiveWorker) -> None:
+        """Tell the controller those tokens that have got there by now, before the run that they are of is over."""
+        if self._steps.jumps:
+            self._steps.report_tokens(worker)
         for flight in worker.flights:
             if (landed := flight.land(self.now)) is not None:
                 self._from_worker(worker, *landed)
@@ -406,8 +416,7 @@ class VirtualRuntime:
         worker = self.workers.get(name)
         if worker is None:
             return
-        self._steps.catch_up(worker)
-        self._land(worker)
+        self._settle(worker)
         del self.workers[name]
         worker.is_alive = False  # nothing addressed to it, or from it, arrives any more
         for pair in [pair for pair in self.links if name in pair]:
@@ -425,8 +434,7 @@ class VirtualRuntime:
         worker = self.workers.get(name)
         if worker is None or worker.is_declared_gone:
             return
-        self._steps.catch_up(worker)
-        self._land(worker)
+        self._settle(worker)
         worker.is_declared_gone = True
         self._tell_controller(WorkerGone(name, worker.incarnation, "lost its connection"))
         self._outside(self.now + lingers_seconds, self._kill_incarnation, worker)
@@ -439,7 +447,7 @@ class VirtualRuntime:
         worker = self.workers.get(name)
         if worker is None or worker.backlog is not None:
             return
-        self._steps.catch_up(worker)
+        self._settle(worker)
         self._steps.end_run(worker)
         worker.backlog = deque()
         self._outside(self.now + seconds, self._resume_worker, worker)

@@ -13,6 +13,7 @@ from transload.control.messages import (
     Chunk,
     EndRun,
     LayersReady,
+    ReportTokens,
     Request,
     RunStep,
     Sampled,
@@ -22,6 +23,7 @@ from transload.control.messages import (
 from transload.runtime.cluster import KvContents, LiveWorker, StepFault, Watcher
 from transload.runtime.cost import CostModel
 from transload.runtime.decode_run import DecodeRun, on_tick
+from transload.runtime.flight import Segment
 
 if TYPE_CHECKING:
     from transload.runtime.virtual import VirtualRuntime
@@ -126,7 +128,9 @@ class VirtualSteps:
             num_decode = sum([chunk.num_tokens == 1 and chunk.num_outputs > 0 for chunk in step.chunks])
             num_prefill = sum([chunk.num_tokens for chunk in step.chunks]) - num_decode
             self._watcher.steps(worker.name, began, now, 1, num_prefill, num_decode)
-        self._runtime.tell_worker(worker, StepDone(step.step, self._draw(step.chunks, 1), now - began))
+        self._tell(
+            worker, Segment(None, 1, 1, began, now), StepDone(step.step, self._draw(step.chunks, 1), now - began)
+        )
 
     def _tell_run(
         self, worker: LiveWorker, run: DecodeRun, step: RunStep, number: int, *, goes_on: bool = False
@@ -138,11 +142,18 @@ class VirtualSteps:
         run.num_done = number
         if self._watcher is not None:
             self._watcher.steps(worker.name, began, ended, count, 0, len(step.chunks))
-        if self.jumps:
-            worker.emission = (run, done + 1, number)
         sampled = self._draw(step.chunks, count)
-        self._runtime.tell_worker(worker, StepDone(step.step, sampled, ended - began, count, goes_on))
-        worker.emission = None
+        segment = Segment(run, done + 1, number, began, ended)
+        self._tell(worker, segment, StepDone(step.step, sampled, ended - began, count, goes_on))
+
+    def _tell(self, worker: LiveWorker, segment: Segment, done: StepDone) -> None:
+        if worker.backlog is not None:
+            worker.backlog.append((self._tell_late, (worker, segment.step_seconds, done)))
+            return
+        worker.log.add(segment)
+        worker.is_emitting = True
+        self._runtime.tell_worker(worker, done)
+        worker.is_emitting = False
 
     def _draw(self, chunks: tuple[Chunk, ...], count: int) -> tuple[Sampled, ...]:
         draw = self._draw_token
@@ -161,6 +172,11 @@ class VirtualSteps:
                 if chunk.samples
             ]
         )
+
+    def _tell_late(self, worker: LiveWorker, seconds: float, done: StepDone) -> None:
+        """A worker that has stood still hears of its step when it goes on."""
+        now = self._runtime.now
+        self._tell(worker, Segment(None, 1, 1, now - seconds, now), done)
 
     # -- in between ---------------------------------------------------------------------------------------------------
 
@@ -181,6 +197,14 @@ class VirtualSteps:
         now, self._runtime.now = self._runtime.now, run.end(number)
         self._tell_run(worker, run, step, number, goes_on=True)
         self._runtime.now = now
+
+    def report_tokens(self, worker: LiveWorker) -> None:
+        """Have the engine tell of every token of the steps that have ended by now."""
+        self.catch_up(worker)
+        if worker.spec.engine.hold_tokens and worker.engine.holds_tokens:
+            worker.is_emitting = True
+            self._runtime.tell_worker(worker, ReportTokens())
+            worker.is_emitting = False
 
     def end_run(self, worker: LiveWorker, _command: EndRun | None = None) -> None:
         """The step under way is the last before the engine is asked."""

@@ -9,13 +9,13 @@ import math
 from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 
 from transload.control.controller import Controller
 from transload.control.messages import Finish, Load, Reject, RequestId, Stream, WorkerId
 from transload.control.tracking import Tracked
 from transload.deploy.spec import Targets
 from transload.runtime.base import Waterfall
+from transload.runtime.flight import StepTimes
 from transload.runtime.records import waterfall
 from transload.study.bins import LogHistogram, TimeBins
 from transload.study.metrics import ErrorKind, RequestRecord
@@ -110,8 +110,6 @@ class Recorder:
         self._ended = ended
         self._pool_of = pool_of
         self._loads: dict[WorkerId, tuple[float, int, float]] = {}
-        self._times: Sequence[float] | None = None
-        self._times_summary: tuple[float, float, list[tuple[int, int, float, float]]] = (0.0, 0.0, [])
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -128,35 +126,23 @@ class Recorder:
         live = self.live.get(command.token.request)
         if live is None:
             return
-        if times is not self._times:
-            self._summarize(times)
-        first, last, gaps = self._times_summary
+        first = times[0]
         if live.last < 0:
             live.first = first
         else:
-            gap = first - live.last
-            self.itl.add(LogHistogram.bin_of(gap), 1, gap, gap)
-        for index, count, total, largest in gaps:
-            self.itl.add(index, count, total, largest)
-        live.last = last
+            self._join(first - live.last, times)
+        live.last = times[-1]
         live.num_tokens += len(times)
         if self.records is not None:
             live.times += times
 
-    def _summarize(self, times: Sequence[float]) -> None:
-        """Gaps within a run of steps, which all its requests share. They grow evenly, so mostly all are in one bin."""
-        self._times = times
-        first, last, count = times[0], times[-1], len(times) - 1
-        gaps: list[tuple[int, int, float, float]] = []
-        if count:
-            least, largest = times[1] - first, last - times[-2]
-            low, high = LogHistogram.bin_of(least), LogHistogram.bin_of(largest)
-            if low == high:
-                gaps = [(low, count, last - first, largest)]
-            else:
-                for one, other in pairwise(times):
-                    gaps.append((LogHistogram.bin_of(other - one), 1, other - one, other - one))
-        self._times_summary = first, last, gaps
+    def _join(self, gap: float, times: Sequence[float]) -> None:
+        """A request's wait for a token that no step before has made one of: `steps` has counted the step alone."""
+        step = times.first_step_seconds if isinstance(times, StepTimes) else 0.0
+        if abs(gap - step) > 0.02 * step:
+            self.itl.add(LogHistogram.bin_of(gap), 1, gap, gap)
+            if step:
+                self.itl.add(LogHistogram.bin_of(step), -1, -step, 0.0)
 
     def finish(self, command: Finish, now: float) -> None:
         live = self.live.pop(command.request)
@@ -291,7 +277,11 @@ class Recorder:
         pool.batch_seconds += seconds * requests
         pool.num_steps += num_steps
         pool.num_prefill_tokens += num_prefill_tokens
-        pool.num_decode_tokens += num_decode * num_steps
+        if num_decode:
+            count = num_decode * num_steps
+            pool.num_decode_tokens += count
+            each = seconds / num_steps
+            self.itl.add(LogHistogram.bin_of(each), count, seconds * num_decode, each)
         if self.step_list is not None and len(self.step_list) < MOST_STEPS:
             self.step_list.append(
                 Step(

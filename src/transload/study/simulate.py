@@ -36,6 +36,8 @@ from transload.study.workload import Workload, prefix_keys
 
 RUN_STEPS = 32
 """Most steps of an unchanged batch that a simulated worker goes through, and reports, at once."""
+HOLD_TOKENS = 256
+"""Most tokens of a request that a simulated worker keeps to itself while nobody asks."""
 EVENTS_BETWEEN_LOOKS = 5_000
 KEEP_ENDED = 64
 NAMESPACE = b"simulated"
@@ -134,7 +136,7 @@ class Simulation:
                 max_waiting=deployment.server.max_waiting,
                 keep_ended=KEEP_ENDED,
             ),
-            virtual_workers(cluster, seed),
+            virtual_workers(cluster, seed, jumps=jumps),
             cost,
             self.recorder,
             watcher=self.recorder,
@@ -209,7 +211,7 @@ class Simulation:
             self.runtime.call(max(now, following), self._look)
 
 
-def virtual_workers(cluster: SimulatedCluster, seed: int) -> list[VirtualWorker]:
+def virtual_workers(cluster: SimulatedCluster, seed: int, *, jumps: bool = True) -> list[VirtualWorker]:
     """The workers of a cluster as the virtual runtime takes them."""
     layers_per_frame = {link.source: link.layers_per_frame for link in cluster.links}
     leases = {name: link.lease_seconds for link in cluster.links for name in (link.source, link.target)}
@@ -233,6 +235,7 @@ def virtual_workers(cluster: SimulatedCluster, seed: int) -> list[VirtualWorker]
                 lease_seconds=leases.get(spec.name, 10.0),
                 seed=cluster.deployment.seed + seed,
                 run_steps=RUN_STEPS,
+                hold_tokens=HOLD_TOKENS if jumps else 0,
             )
             workers.append(
                 VirtualWorker(
