@@ -233,6 +233,34 @@ def validation(result: dict[str, Any]) -> str:
     return text + table(columns, rows) + origin(result)
 
 
+def simulation(result: dict[str, Any]) -> str:
+    rows: list[list[object]] = []
+    for figure in result["figures"]:
+        rows.append(
+            [
+                f"{figure['speedup']:g}x",
+                f"{figure['requests']:,}",
+                f"{figure['mean_decode_batch']:.0f}",
+                f"{figure['cpu_seconds']['median']:.1f}",
+                f"{figure['requests_per_cpu_second']['median']:,.0f}",
+                f"{figure['output_tokens_per_cpu_second']['median']:,.0f}",
+                f"{figure['gpu_hours_per_cpu_second']['median']:.1f}",
+            ]
+        )
+    stepped = result["step_by_step"]
+    quarter, whole = (size / 1e6 for size in result["peak_memory_bytes"].values())
+    heap = result["heap_events_per_cpu_second"]["median"] / 1e6
+    text = (
+        f"\n## Simulation\n\n`transload simulate`, {result['what']} (`benchmarks/simulation.yaml`), at the recorded "
+        "speed and faster; the median of some runs on one core. Beside it in the same run: a bare loop of the event "
+        f"heap does {heap:.2f} M events a CPU second, going step by step is {stepped['times_slower']:.1f} times slower "
+        f"with the same latencies to the bit, and peak memory is {quarter:.0f} MB for a quarter of "
+        f"the requests, {whole:.0f} MB for all.\n\n"
+    )
+    columns = ["speed", "requests", "mean decode batch", "CPU seconds", "requests / CPU s", "tokens / CPU s"]
+    return text + table([*columns, "GPU hours / CPU s"], rows) + origin(result)
+
+
 SECTIONS = {
     "validation.json": validation,
     "engine.json": engine,
@@ -243,6 +271,7 @@ SECTIONS = {
     "front_end.json": front_end,
     "gpu-llama-1b-h100.json": gpu,
     "gpu-llama-8b-h100.json": gpu,
+    "simulation.json": simulation,
     "torture.json": torture,
 }
 

@@ -13,10 +13,11 @@ Finish = Literal["stop", "length"]
 
 def finish_of(work: Work) -> Finish | None:
     """Why the request ends with the token that was drawn last, or None."""
-    sampling = work.request.sampling
-    if work.tokens[-1] in sampling.stop_ids and work.num_outputs >= sampling.min_tokens:
+    request = work.request
+    stop_ids = request.sampling.stop_ids
+    if stop_ids and work.tokens[-1] in stop_ids and work.num_outputs >= request.sampling.min_tokens:
         return "stop"
-    return "length" if work.num_outputs >= work.request.max_tokens else None
+    return "length" if work.num_outputs >= request.max_tokens else None
 
 
 def unreported(work: Work, finish: Finish | None = None, logprobs: TokenLogprobs | None = None) -> Token:

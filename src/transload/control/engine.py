@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterable
 from random import Random
 from typing import Any
 
-import msgspec
-
 from transload.control.batcher import plan_chunks
 from transload.control.blocks import BlockPool
 from transload.control.drawn import all_unreported, finish_of, unreported
+from transload.control.engine_config import EngineConfig as EngineConfig
 from transload.control.exchange import Exchange, Failed, Outcome, Released, Verified
 from transload.control.load_report import NO_STEP, LoadReport
 from transload.control.messages import (
@@ -53,32 +52,10 @@ from transload.control.messages import (
     TimerFired,
     ToController,
     Token,
-    WorkerId,
 )
 from transload.control.prefix import root_key
 from transload.control.step_run import StepRun, hold
 from transload.control.work import Work, WorkKind
-
-
-class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What an Engine must know about its worker."""
-
-    worker: WorkerId
-    num_blocks: int
-    block_size: int
-    num_layers: int
-    cell_bytes: int
-    namespace: bytes
-    """Layout digest: the root of all prefix keys."""
-    max_batch: int = 64
-    step_tokens: int = 512
-    lease_seconds: float = 10.0
-    seed: int = 0
-    run_steps: int = 1
-    """Most steps of an unchanged batch that are planned, and reported, at once. More than one is for whoever computes
-    them in closed form: a worker that really computes takes up what comes in after each step."""
-    hold_tokens: int = 0
-    """Tokens of a request that are held back, until there are so many, it ends, or `ReportTokens` asks. 0: none are."""
 
 
 class Engine:
@@ -253,8 +230,8 @@ class Engine:
         self._num_taken_in = len(arrived)
 
     def _plan(self) -> list[tuple[Work, int]]:
-        decoding = [work for work in self._running.values() if work.is_decoding]
-        size = self.pool.block_size
+        running, size = self._running.values(), self.pool.block_size
+        decoding = [work for work in running if work.num_known - work.num_computed == 1 and work.num_outputs > 0]
         short = [work for work in decoding if len(work.blocks) * size < work.num_known]
         if short:
             for work in short:
@@ -262,7 +239,7 @@ class Engine:
             decoding = [work for work in decoding if work.phase == "running"]
         prefilling: list[Work] = []
         if len(decoding) < len(self._running):
-            prefilling = [work for work in self._running.values() if not work.is_decoding]
+            prefilling = [work for work in running if not work.is_decoding]
         return plan_chunks(decoding, prefilling, step_tokens=self.config.step_tokens, block_size=size)
 
     def _chunk(self, work: Work, num_tokens: int) -> Chunk:
@@ -320,22 +297,24 @@ class Engine:
         sampled = {item.request: item for item in done.sampled}
         tokens: list[Token] = []
         num_decode = num_tokens = 0
+        more, goes_on, size = done.count - 1, done.goes_on, self.pool.block_size
         for work, chunk in chunks:
             work.in_step = False
             num_tokens += chunk.num_tokens
             num_decode += chunk.num_tokens == 1 and chunk.num_outputs > 0
-            if work.failed and not done.goes_on:
+            if work.failed and not goes_on:
                 self._free(work)
                 continue
             if work.sender is not None:
                 work.sender.chunk_done(self._complete_blocks(work, chunk))
-            work.num_computed += chunk.num_tokens + done.count - 1
-            if done.count > 1 or done.goes_on:
-                hold(work, work.num_computed + done.goes_on, self.pool)
+            computed = work.num_computed = work.num_computed + chunk.num_tokens + more
+            if computed + goes_on > len(work.blocks) * size:
+                hold(work, computed + goes_on, self.pool)
             drawn = sampled[work.request.id] if chunk.samples else None
             if drawn is not None:
                 work.append(drawn.token, drawn.more)
-            self._register_blocks(work)
+            if computed >= (work.num_registered + 1) * size:
+                self._register_blocks(work)
             if drawn is not None and (token := self._take_tokens(work, drawn)) is not None:
                 tokens.append(token)
         if tokens:
@@ -349,8 +328,8 @@ class Engine:
 
     def _take_tokens(self, work: Work, drawn: Sampled) -> Token | None:
         """What has just been drawn is one of the request's tokens now: say so, unless that can wait."""
-        finish, token = finish_of(work), None
         held = work.num_outputs - work.num_reported
+        finish, token = finish_of(work), None
         if finish is not None or held >= self.config.hold_tokens or work.num_outputs == work.num_given + 1:
             token = unreported(work, finish, drawn.logprobs)
         if finish is not None:

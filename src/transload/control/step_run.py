@@ -46,10 +46,11 @@ class StepRun:
         if self.most_steps > 1 and self._is_decode and self._works:
             repeats = min(self.most_steps - self.length, 1 + pool.num_free // len(self._works) * pool.block_size)
             for work in self._works:
-                remaining = work.request.max_tokens - work.num_outputs
-                if work.request.sampling.stop_ids:
+                request = work.request
+                remaining = request.max_tokens - work.num_outputs
+                if request.sampling.stop_ids:
                     return 1
-                if work.request.prompt:  # then a block that gets full can be named, for others to find
+                if request.prompt:  # then a block that gets full can be named, for others to find
                     remaining = min(remaining, pool.block_size - work.num_computed % pool.block_size)
                 if remaining < repeats:
                     repeats = remaining

@@ -11,6 +11,7 @@ import msgspec
 from transload.control.engine import Engine, EngineConfig
 from transload.control.messages import (
     CancelSends,
+    ControllerEvent,
     ExpectKv,
     Finish,
     Frame,
@@ -145,6 +146,8 @@ class LiveWorker:
         self.log = StepLog(spec.engine.hold_tokens + spec.engine.run_steps)
         self.is_emitting = False
         """While its engine is told of steps: what it reports of tokens was made in the last of them."""
+        self.words: list[ControllerEvent] = []
+        """What its engine has to tell the controller after the event of the moment."""
         self.flights: deque[Flight] = deque()
         """Tokens on their way to the controller."""
 

@@ -260,6 +260,7 @@ class VirtualRuntime:
         obey = self._obey_worker
         for command in engine.handle(event, self.now + worker.clock_offset_seconds):
             obey[type(command)](worker, command)
+        self._send_words(worker)
 
     def catch_up(self) -> None:
         """Have the controller know every token that has got to it by now."""
@@ -277,26 +278,36 @@ class VirtualRuntime:
     def _to_controller(self, worker: LiveWorker, command: ToController) -> None:
         event, channel = command.event, 2 * worker.index + 1
         if type(event) is not Emitted or not worker.is_emitting:
-            self._message(channel, self._from_worker, worker, event)
+            worker.words.append(event)
             return
+        self._send_words(worker)
         length = max([1 + len(token.more) for token in event.tokens])
         after_seconds = on_tick(self._cost.message_seconds())
         times = worker.log.times(length, after_seconds)
         if not self._steps.jumps:
-            self._message(channel, self._from_worker, worker, event, times)
+            self._message(channel, self._from_worker, worker, (event,), times)
             return
         worker.flights.append(Flight(event, times))
         self._at(self.now + after_seconds, MESSAGES | channel, self._flight_arrives, (worker,))
 
-    def _from_worker(self, worker: LiveWorker, event: ControllerEvent, times: Sequence[float] | None = None) -> None:
+    def _send_words(self, worker: LiveWorker) -> None:
+        """What a worker has to say after one event goes in one message."""
+        if worker.words:
+            words, worker.words = worker.words, []
+            self._message(2 * worker.index + 1, self._from_worker, worker, words)
+
+    def _from_worker(
+        self, worker: LiveWorker, events: Sequence[ControllerEvent], times: Sequence[float] | None = None
+    ) -> None:
         """What a worker said before it died is lost with its socket, unless it has arrived."""
-        if worker.is_alive and not worker.is_declared_gone:
-            self._tell_controller(event, times)
+        for event in events:
+            if worker.is_alive and not worker.is_declared_gone:
+                self._tell_controller(event, times)
 
     def _flight_arrives(self, worker: LiveWorker) -> None:
         landed = worker.flights.popleft().land(None)
         if landed is not None:
-            self._from_worker(worker, *landed)
+            self._from_worker(worker, (landed[0],), landed[1])
 
     def _settle(self, worker: LiveWorker) -> None:
         """Tell the controller those tokens that have got there by now, before the run that they are of is over."""
@@ -304,7 +315,7 @@ class VirtualRuntime:
             self._steps.report_tokens(worker)
         for flight in worker.flights:
             if (landed := flight.land(self.now)) is not None:
-                self._from_worker(worker, *landed)
+                self._from_worker(worker, (landed[0],), landed[1])
 
     # -- what engines wish --------------------------------------------------------------------------------------------
 
