@@ -94,9 +94,9 @@ def test_the_summary_of_a_stream_is_that_of_the_records() -> None:
     assert mine.itl_seconds is not None
     assert exact.itl_seconds is not None
     assert mine.itl_seconds.count == exact.itl_seconds.count
-    assert mine.itl_seconds.mean == pytest.approx(exact.itl_seconds.mean)
+    assert mine.itl_seconds.mean == pytest.approx(exact.itl_seconds.mean, rel=1e-4)
     assert mine.itl_seconds.p50 == pytest.approx(exact.itl_seconds.p50, rel=0.011)
-    assert mine.itl_seconds.max == pytest.approx(exact.itl_seconds.max)
+    assert mine.itl_seconds.max == pytest.approx(exact.itl_seconds.max, rel=0.01)
     for name in ("num_good", "peak_in_flight", "num_requests", "num_output_tokens", "attainment"):
         assert getattr(mine, name) == getattr(exact, name), name
 
