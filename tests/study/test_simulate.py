@@ -233,3 +233,12 @@ def test_memory_does_not_grow_with_the_tokens_of_a_trace() -> None:
     assert result.requests is None
     assert result.steps is None
     assert max(len(pool.series) for pool in result.pools) <= 201
+
+
+def test_little_memory_makes_requests_give_way_and_the_result_says_how_often() -> None:
+    spec = Synthetic(arrivals=ClosedLoop(24), input=Fixed(400), output=Fixed(600), num_requests=48)
+    roomy, tight = (simulate(deployment(*changes), synthetic(spec)) for changes in ((), ("pools.decode.memory=1 GiB",)))
+    assert [pool.num_preemptions for pool in roomy.pools] == [0, 0]
+    assert tight.summary.num_successful == 48
+    assert tight.pools[1].num_preemptions > 0
+    assert tight.pools[1].peak_kv_share > 0.9

@@ -232,6 +232,8 @@ class Recorder:
         for index, stage in enumerate(stages):
             end = stages[index + 1].start if index + 1 < len(stages) else now
             seconds[stage.name] = seconds.get(stage.name, 0.0) + end - stage.start
+            if stage.name == "preempted" and stage.worker is not None:
+                self.pools[self._pool_of[stage.worker]].num_preemptions += 1
             if stage.name == "transfer":
                 self._take_transfer(tracked, end - stage.start, stage.detail.get("wire_seconds", 0.0))
             elif "transfer_wire_seconds" in stage.detail:
