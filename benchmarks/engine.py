@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -244,8 +245,9 @@ class Contestant:
         cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0))[:threads])
         command = [python, __file__, "--be", name, "--folder", str(folder), "--threads", str(threads), "--cores", cores]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 (a pipe that nobody reads would fill up)
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._complaints, text=True, env=environment
         )
         self.start_seconds = self.ask({})
 
@@ -263,8 +265,8 @@ class Contestant:
         for line in self._process.stdout:  # what its libraries print comes before
             if line.startswith("seconds "):
                 return float(line.split()[1])
-        complaints = self._process.stderr.read() if self._process.stderr is not None else ""
-        self.problem = (complaints.strip().splitlines() or ["it ended without a word"])[-1][:200]
+        self._complaints.seek(0)
+        self.problem = (self._complaints.read().strip().splitlines() or ["it ended without a word"])[-1][:200]
         return None
 
     def close(self) -> None:
