@@ -48,10 +48,12 @@ def run(args: argparse.Namespace) -> int:
     from transload.study.calibrate.chip_file import write_chip_file
     from transload.study.calibrate.effort import Effort
     from transload.study.calibrate.machine import calibrate_machine
+    from transload.study.calibrate.server import end_in_order_when_told
 
     effort = Effort(quick=args.quick)
     command = " ".join(["transload", *without_secrets(sys.argv)[1:]])
     is_gpu = False
+    end_in_order_when_told()
     if args.url is not None:
         from transload.study.calibrate.endpoint import calibrate_endpoint
 

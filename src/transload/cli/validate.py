@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     """Exit code: 0 if every bound holds, 1 if one does not; errors are raised."""
     from rich.console import Console
 
+    from transload.study.calibrate.server import end_in_order_when_told
     from transload.study.report import write_page
     from transload.study.validate.run import Load, validate, write_validation
     from transload.study.validate.show import show_comparison
@@ -84,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     cases = [(case, _deployment(case, args.model)) for case in args.cases]
+    end_in_order_when_told()
     done, results = validate(cases, str(Path(args.chip).absolute()), load, _say, command=without_secrets(sys.argv))
     console = Console(stderr=args.json == "-", highlight=False)
     for comparison in done.comparisons:

@@ -126,5 +126,14 @@ async def _play(url: str, workload: Workload, api_key: str | None) -> Played:
         await client.close()
 
 
+def end_in_order_when_told() -> None:
+    """SIGTERM as Ctrl-C: servers are stopped, not left behind."""
+
+    def told(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, told)
+
+
 def new_folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="transload-calibrate-")
