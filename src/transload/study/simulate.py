@@ -85,6 +85,7 @@ def simulate(
     disturbances = [parse_fault(text, cluster) for text in faults]
     began_at, began = datetime.now(UTC).isoformat(timespec="seconds"), time.process_time()
     simulation = Simulation(cluster, workload, cost or ClusterCost(cluster), seed=seed, jumps=jumps,
+                            front_end=front_end_of(cluster) if cost is None else None,
                             with_records=with_records, with_steps=with_steps, timeline=timeline)  # fmt: skip
     apply_faults(simulation.runtime, disturbances)
     was_interrupted = not simulation.run(progress)
@@ -100,6 +101,15 @@ def simulate(
     return sum_up(cluster, simulation.recorder, facts)
 
 
+FrontEnd = Callable[[int, int], float]
+"""(prompt tokens, requests in flight) -> seconds from a request's being sent to its being known to the controller."""
+
+
+def front_end_of(cluster: SimulatedCluster) -> FrontEnd:
+    """That of the engine on the chips where prompts are computed."""
+    return next(pool.cost.request_seconds for pool in cluster.pools if pool.spec.role != "decode")
+
+
 class Simulation:
     """One run under way."""
 
@@ -111,11 +121,14 @@ class Simulation:
         *,
         seed: int = 0,
         jumps: bool = True,
+        front_end: FrontEnd | None = None,
         with_records: bool = False,
         with_steps: bool = False,
         timeline: TimelineRecorder | None = None,
     ) -> None:
+        """`front_end` says how long a request takes to the controller; None: no time."""
         self._cluster = cluster
+        self._front_end = front_end
         self._workload = workload
         self._schedule = Schedule(workload)
         self._wanted: float | None = None  # when the workload is to be looked at next
@@ -197,7 +210,8 @@ class Simulation:
             why = f"longer than the model's context of {self._cluster.max_context} tokens"
             self.recorder.refuse(request.id, why, self.runtime.now)
         else:
-            self.runtime.submit(self.runtime.now, request)
+            waits = self._front_end(arrival.num_input_tokens, len(self.recorder.live)) if self._front_end else 0.0
+            self.runtime.submit(self.runtime.now + waits, request)
 
     def _ended(self, due_arrival: object, now: float) -> None:
         self._schedule.ended(due_arrival, now)  # type: ignore[arg-type]

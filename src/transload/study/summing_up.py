@@ -88,7 +88,7 @@ def sum_up(cluster: SimulatedCluster, recorder: Recorder, facts: RunFacts) -> Re
         waterfalls=_chosen(recorder),
         steps=tuple(recorder.step_list) if recorder.step_list is not None else None,
         cost=_cost((*pools, *ffn_pools), summary, unknown),
-        ttft_interval=_interval(prefilling),
+        ttft_interval=_interval(prefilling, of_first_token=True),
         tpot_interval=_interval(decoding),
         assumptions=cluster.assumptions,
         classes={str(kind): count for kind, count in cluster.classes.items()},
@@ -249,14 +249,15 @@ def _cost(pools: tuple[PoolResult, ...], summary: Summary, unknown: list[str]) -
     )
 
 
-def _interval(pools: list[SimulatedPool]) -> Interval | None:
+def _interval(pools: list[SimulatedPool], *, of_first_token: bool = False) -> Interval | None:
     """The widest of those pools."""
     if not pools:
         return None
-    factors = [pool.cost.interval for pool in pools]
+    factors = [pool.cost.ttft_interval if of_first_token else pool.cost.interval for pool in pools]
     low, high = min(low for low, _ in factors), max(high for _, high in factors)
     chips = ", ".join(dict.fromkeys(pool.chip.id for pool in pools))
-    return Interval(low=low, high=high, basis=f"80 % of measured steps of chips known as well as {chips}")
+    what = "times to the first token" if of_first_token else "steps"
+    return Interval(low=low, high=high, basis=f"80 % of measured {what} of chips known as well as {chips}")
 
 
 def _chosen(recorder: Recorder) -> tuple[Waterfall, ...]:

@@ -146,6 +146,16 @@ class SplitCost:
         return min(low for low, _ in sides), max(high for _, high in sides)
 
     @property
+    def ttft_interval(self) -> tuple[float, float]:
+        """Of two sides the wider."""
+        sides = (self.worker.attention.ttft_interval, self.worker.ffn.ttft_interval)
+        return min(low for low, _ in sides), max(high for _, high in sides)
+
+    def request_seconds(self, prompt_tokens: int, in_flight: int = 1) -> float:
+        """What the front end adds: the attention side's, where requests are."""
+        return self.worker.attention.request_seconds(prompt_tokens, in_flight)
+
+    @property
     def rests_on(self) -> tuple[Quantity, ...]:
         numbers = (*self.worker.attention.rests_on, *self.worker.ffn.rests_on)
         return tuple({id(quantity): quantity for quantity in numbers}.values())

@@ -86,6 +86,15 @@ class MeasuredCost(MeasuredStepCost):
         return 1 / (1 + spread), 1 + spread
 
     @property
+    def ttft_interval(self) -> tuple[float, float]:
+        """No wider: the front end was measured too."""
+        return self.interval
+
+    def request_seconds(self, prompt_tokens: int, in_flight: int = 1) -> float:  # noqa: ARG002
+        """What the front end adds to a request's first token: as measured, whatever the prompt."""
+        return self.measured.front_end.request_seconds
+
+    @property
     def rests_on(self) -> tuple[Quantity, ...]:
         """Every measured step as a number of class measured."""
         source = f"{self.measured.machine}, {self.measured.date}"

@@ -42,6 +42,7 @@ class Steady(msgspec.Struct, frozen=True, kw_only=True):
     """What a steady load gives. Throughputs are of the whole worker or deployment."""
 
     ttft_seconds: float
+    """With what a front end adds."""
     tpot_seconds: float
     requests_per_second: float
     output_tokens_per_second: float
@@ -126,6 +127,7 @@ def aggregated(cost: WorkerCost, load: Load, concurrency: int, policy: Policy | 
         if abs(better - decoding) < TOLERANCE * decoding:
             break
         decoding = max(1.0, (decoding + better) / 2) if admitted > 1 else 1.0
+    ttft += cost.request_seconds(load.prompt_tokens, concurrency)
     in_flight = load.output_tokens * tpot + ttft
     waiting = (concurrency - admitted) / admitted * in_flight
     rate = concurrency / (in_flight + waiting)
@@ -170,8 +172,9 @@ def aggregated_at_rate(
     service = prompt + riding
     full = min(requests_per_second * service, 1 - 1 / ITERATIONS)
     wait = requests_per_second * service**2 / (2 * (1 - full)) + present * step / 2
+    front_end = cost.request_seconds(load.prompt_tokens, math.ceil(decoding))
     return Steady(
-        ttft_seconds=wait + service,
+        ttft_seconds=front_end + wait + service,
         tpot_seconds=tpot,
         requests_per_second=requests_per_second,
         output_tokens_per_second=requests_per_second * load.output_tokens,
@@ -216,8 +219,9 @@ def disaggregated_at_rate(split: Split, load: Load, requests_per_second: float, 
         decoding = (decoding + better) / 2
         if decoding > room:
             raise Saturated(f"{decoding:,.0f} requests would decode on one worker, and the KV of {room:,} fits")
+    front_end = split.prefill.request_seconds(load.prompt_tokens, math.ceil(decoding * split.decode_workers))
     return Steady(
-        ttft_seconds=wait + service,
+        ttft_seconds=front_end + wait + service,
         tpot_seconds=tpot + split.exposed_seconds / load.output_tokens,
         requests_per_second=requests_per_second,
         output_tokens_per_second=requests_per_second * load.output_tokens,
