@@ -109,7 +109,7 @@ def _facts(result: Result) -> list[tuple[str, str]]:
 
 
 def _interval(interval: Interval) -> str:
-    return f"{interval.low - 1:+.0%} to {interval.high - 1:+.0%} on durations of steps ({interval.basis})"
+    return f"{interval.low - 1:+.0%} to {interval.high - 1:+.0%} ({interval.basis})"
 
 
 @contextlib.contextmanager
