@@ -137,6 +137,7 @@ def test_over_tcp_and_without_a_fallback_requests_fail_by_name_within_their_dead
     changes = (
         "pools.aggregated.ffn.fallback=error",
         "pools.aggregated.ffn.deadline=1 s",
+        "router.max_attempts=1",  # else a worker that is back soon answers the next attempt
         "links=[{between: [aggregated, ffn], transport: tcp}]",
     )
     flags = [flag for change in changes for flag in ("--set", change)]
