@@ -70,7 +70,7 @@ def blocks_are_free_before_their_sends_have_ended(patch: pytest.MonkeyPatch) -> 
 
 @mistake
 def a_cancelled_request_keeps_its_blocks(patch: pytest.MonkeyPatch) -> None:
-    wrap(patch, Engine, "_cancel", lambda original, self, request_id, epoch: self._works.pop(request_id, None))
+    wrap(patch, Engine, "_cancel", lambda original, self, event, now: self._works.pop(event.request, None))
 
 
 @mistake
