@@ -149,7 +149,9 @@ def _workloads(deployment: Deployment, chip_path: str, load: Load, say: Say) -> 
         most = capacity(deployment, chip_path, load.num_input, load.num_output)
         say(f"simulated capacity: {most:.2f} requests/s")
         rates += [(f"{share:.0%} of capacity", share * most) for share in load.shares]
-    for words, rate in rates:
+    for number, (words, rate) in enumerate(
+        rates
+    ):  # each with prompts of its own: none is in the cache of the one before
         yield (
             words,
             synthetic(
@@ -158,7 +160,7 @@ def _workloads(deployment: Deployment, chip_path: str, load: Load, say: Say) -> 
                     input=LogNormal(float(load.num_input), load.cv),
                     output=LogNormal(float(load.num_output), load.cv),
                     num_requests=load.num_requests,
-                    seed=load.seed,
+                    seed=load.seed + number,
                 )
             ),
         )
