@@ -1,0 +1,52 @@
+"""Steps of the engine alone, on CPU cores and on one GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmark_docs.layout import origin, table
+
+
+def engine(result: dict[str, Any]) -> str:
+    names = list(
+        dict.fromkeys(name for run in result["runs"] for row in run["rows"] for name in row["tokens_per_second"])
+    )
+    rows: list[list[object]] = []
+    left_out: dict[str, str] = {}
+    for run in result["runs"]:
+        left_out |= run["left_out"]
+        for row in run["rows"]:
+            rates = row["tokens_per_second"]
+            times = f"{row['times_best_peer']:.2f}x {row['best_peer']}" if "best_peer" in row else ""
+            share = f"{row['share_of_limit']:.0%}" if "share_of_limit" in row else ""
+            cells = [f"{rates[name]:,.0f}" if name in rates else "" for name in names]
+            rows.append([run["threads"], row["case"], *cells, times, share])
+    text = (
+        "\n## Engine\n\nTokens/s in process, SmolLM2-135M in bfloat16: a prompt of so many tokens, or a batch that "
+        f"decodes at a context of 256. Best of {result['rounds']} rounds in which all took turns on the same cores. "
+        f"Our kernels: {result['kernels']}. The limit of a prefill is the rate of a product of two 2048 x 2048 "
+        "matrices, the faster of bfloat16 and float32.\n\n"
+    )
+    missing = "".join(f"\n{name} is left out: {problem}\n" for name, problem in left_out.items())
+    columns = ["threads", "case", *names, "times the best peer", "of the limit"]
+    return text + table(columns, rows) + missing + origin(result)
+
+
+def gpu(result: dict[str, Any]) -> str:
+    rows: list[list[object]] = []
+    for row in result["rows"]:
+        what = f"decode, batch {row['num_decode']}" if row["num_decode"] else "prefill"
+        times = f"{row['times_transformers']:.2f}x" if "times_transformers" in row else ""
+        rate = f"{row['tokens_per_second']:,.0f}"
+        rows.append([what, row["tokens"], rate, f"{1e3 * row['seconds']:.2f}", f"{row['share_of_limit']:.0%}", times])
+    limits = result["limits"]
+    copy, product = limits["copy_bytes_per_second"] / 1e12, limits["gemm_flops_per_second"] / 1e12
+    peer = result["versions"].get("transformers", "version not recorded")
+    text = (
+        f"\n## One GPU: {result['device']}, {result['shape']} shape\n\nWhole steps of the engine in bfloat16 with "
+        "random weights, sampling included. The limit is the larger of reading weights and keys once at the rate of a "
+        f"large copy ({copy:.2f} TB/s) and the layers' FLOPs at that of a large product ({product:.0f} TFLOP/s), "
+        f"both measured in the same run; beside it transformers ({peer}) doing the same steps.\n\n"
+    )
+    columns = ["step", "tokens of context", "tokens/s", "ms a step", "of the limit", "times transformers"]
+    return text + table(columns, rows) + origin(result)

@@ -1,0 +1,84 @@
+"""Virtual time: its speed, how far it is from real runs, and fault schedules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmark_docs.layout import origin, table
+
+
+def simulation(result: dict[str, Any]) -> str:
+    rows: list[list[object]] = []
+    for figure in result["figures"]:
+        rows.append(
+            [
+                f"{figure['speedup']:g}x",
+                f"{figure['requests']:,}",
+                f"{figure['mean_decode_batch']:.0f}",
+                f"{figure['cpu_seconds']['median']:.1f}",
+                f"{figure['requests_per_cpu_second']['median']:,.0f}",
+                f"{figure['output_tokens_per_cpu_second']['median']:,.0f}",
+                f"{figure['gpu_hours_per_cpu_second']['median']:.1f}",
+            ]
+        )
+    stepped = result["step_by_step"]
+    quarter, whole = (size / 1e6 for size in result["peak_memory_bytes"].values())
+    heap = result["heap_events_per_cpu_second"]["median"] / 1e6
+    text = (
+        f"\n## Simulation\n\n`transload simulate`, {result['what']} (`benchmarks/simulation.yaml`), at the recorded "
+        "speed and faster; the median of some runs on one core. Beside it in the same run: a bare loop of the event "
+        f"heap does {heap:.2f} M events a CPU second, going step by step is {stepped['times_slower']:.1f} times slower "
+        f"with the same latencies to the bit, and peak memory is {quarter:.0f} MB for a quarter of "
+        f"the requests, {whole:.0f} MB for all.\n\n"
+    )
+    columns = ["speed", "requests", "mean decode batch", "CPU seconds", "requests / CPU s", "tokens / CPU s"]
+    return text + table([*columns, "GPU hours / CPU s"], rows) + origin(result)
+
+
+def validation(result: dict[str, Any]) -> str:
+    rows: list[list[object]] = []
+    for comparison in result["comparisons"]:
+        for figure in comparison["figures"]:
+            if not figure["within"]:
+                continue
+            error = figure["simulated"] / figure["measured"] - 1
+            unit = 1e3 if figure["unit"] == "s" else 1
+            name = f"{figure['name']}, ms" if figure["unit"] == "s" else figure["name"]
+            rows.append(
+                [
+                    comparison["deployment"],
+                    f"{comparison['load']} ({comparison['requests_per_second']:.2f}/s)",
+                    name,
+                    f"{figure['measured'] * unit:.4g}",
+                    f"{figure['simulated'] * unit:.4g}",
+                    f"{error:+.1%}",
+                    "yes" if abs(error) <= figure["within"] else "no",
+                ]
+            )
+    chip = result["chip"]
+    text = (
+        "\n## Real against virtual\n\n`transload validate`: the same deployments and loads on this machine and in "
+        f"virtual time (*simulated*, from what `transload calibrate` measured of it on {chip['date']}: "
+        f"{chip['model']}, {chip['dtype']}, {chip['threads']} thread(s)). Wanted: medians and throughput within 10 %, "
+        "p90 within 20 %.\n\n"
+    )
+    drifts = [
+        f"{comparison['deployment']} {drift['prefill']:.2f}x prefill, {drift['decode']:.2f}x decode"
+        for comparison in result["comparisons"]
+        if (drift := comparison.get("drift")) is not None
+    ]
+    if drifts:
+        text += "Steps just before, over those of the calibration: " + "; ".join(dict.fromkeys(drifts)) + ".\n\n"
+    columns = ["deployment", "load", "figure", "measured", "simulated", "error", "within"]
+    return text + table(columns, rows) + origin(result)
+
+
+def torture(result: dict[str, Any]) -> str:
+    rows: list[list[object]] = [[name, f"{value:,}"] for name, value in result["counts"].items()]
+    text = (
+        f"\n## Faults (simulated)\n\n`make torture`, seeds {result['seeds']}: {result['what']}. "
+        f"Failed: {result['failed']}. After every event: no block in two states or with two writers, no KV read that "
+        "is not the request's own, every request in one phase; at the end every request has ended once and nothing "
+        "is held.\n\n"
+    )
+    return text + table(["what", "count"], rows) + origin(result)
