@@ -1,6 +1,6 @@
 """Writes docs/afd.md and its figures from benchmarks/results/afd_study.json, so that no number in it is typed.
 
-A test compares them. The figures are SVG written by hand: lines, ticks and text.
+A test compares them.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from benchmark_docs.chart import chart  # noqa: E402
+from benchmark_docs.layout import table  # noqa: E402
+
 RESULT = ROOT / "benchmarks" / "results" / "afd_study.json"
 TARGET = ROOT / "docs" / "afd.md"
-COLOURS = ("#1b6ca8", "#c0392b", "#2e8b57", "#8e44ad", "#d68910", "#555555")
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 360, 60, 40, 230, 50
-
-
-def table(columns: list[str], rows: list[list[object]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
 
 
 def wrapped(text: str) -> str:
@@ -293,44 +291,6 @@ def rubin(result: dict[str, Any]) -> str:
     ]
     sweep_table = table(["bridge", *(f"{latency} us" for latency in latencies)], rows)
     return text + wrapped(BRIDGES) + sweep_table + wrapped(SO)
-
-
-def chart(title: str, x_label: str, lines: dict[str, list[tuple[float, float]]], x_ticks: dict[float, str]) -> str:
-    """Lines over a logarithmic x and a logarithmic y, with a line at 1."""
-    xs = [x for points in lines.values() for x, _ in points]
-    ys = [y for points in lines.values() for _, y in points] + [0.5, 2.0]
-    low_x, high_x, low_y, high_y = min(xs), max(xs), min(ys) / 1.1, max(ys) * 1.1
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        across = math.log(x / low_x) / math.log(high_x / low_x)
-        up = math.log(y / low_y) / math.log(high_y / low_y)
-        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
-
-    def text(x: float, y: float, words: str, anchor: str = "middle", colour: str = "#222222") -> str:
-        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{words}</text>'
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        'font-family="sans-serif" font-size="12">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
-        text(LEFT, 20, title, "start"),
-        text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, x_label),
-    ]
-    for tick in (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0):
-        if low_y <= tick <= high_y:
-            (left, y), (right, _) = at(low_x, tick), at(high_x, tick)
-            stroke = "#222222" if tick == 1.0 else "#dddddd"
-            parts.append(f'<line x1="{left:.1f}" y1="{y:.1f}" x2="{right:.1f}" y2="{y:.1f}" stroke="{stroke}"/>')
-            parts.append(text(LEFT - 8, y + 4, f"{tick:g}", "end"))
-    for value, label in x_ticks.items():
-        parts.append(text(at(value, low_y)[0], HEIGHT - BOTTOM + 18, label))
-    for number, (name, points) in enumerate(lines.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in points))
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in (at(*p) for p in points)]
-        parts.append(text(WIDTH - RIGHT + 12, TOP + 10 + 18 * number, name, "start", colour))
-    return "\n".join([*parts, "</svg>"]) + "\n"
 
 
 def figures(result: dict[str, Any]) -> dict[str, str]:

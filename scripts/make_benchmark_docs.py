@@ -26,6 +26,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "engine.json": engine.engine,
     "start.json": serving.start,
     "interference.json": serving.interference,
+    "poisson.json": serving.poisson,
     "handoff.json": movement.handoff,
     "afd.json": movement.afd,
     "front_end.json": serving.front_end,
@@ -46,6 +47,14 @@ def page() -> str:
     return "".join(parts)
 
 
+def figures() -> dict[str, str]:
+    """The page's figures by file name."""
+    path = RESULTS / "poisson.json"
+    return {"benchmarks-goodput.svg": serving.goodput_figure(json.loads(path.read_text()))} if path.exists() else {}
+
+
 if __name__ == "__main__":
     TARGET.write_text(page())
+    for name, figure in figures().items():
+        (TARGET.parent / name).write_text(figure)
     sys.stdout.write(f"wrote {TARGET}\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmark_docs.chart import chart
 from benchmark_docs.layout import origin, table
 
 
@@ -54,3 +55,45 @@ def start(result: dict[str, Any]) -> str:
         f"{install['torch'] / 1e6:,.0f}; building the kernels, once a machine, takes {build} s.\n\n"
     )
     return text + table(["topology", "seconds, median", "CPU seconds", "MB by process"], rows) + origin(result)
+
+
+def poisson(result: dict[str, Any]) -> str:
+    rows: list[list[object]] = []
+    for row in result["rows"]:
+        ttft, tpot, itl = row["ttft_ms"], row["tpot_ms"], row["itl_ms"]
+        rows.append(
+            [
+                row["setup"],
+                f"{row['rate']:g}",
+                f"{ttft['p50']:,.0f} / {ttft['p95']:,.0f}",
+                f"{tpot['p50']:.0f} / {tpot['p95']:.0f}",
+                f"{itl['p99']:.0f}",
+                f"{row['goodput_requests_per_second']:.2f}",
+                f"{row['attainment']:.0%}",
+            ]
+        )
+    targets = result["targets"]
+    text = (
+        f"\n## Poisson arrivals\n\n{result['input_tokens']} tokens in, {result['output_tokens']} out, the same "
+        f"requests for each way of using two cores; {result['seconds']:.0f} seconds of arrivals at each rate. "
+        f"Milliseconds, p50 / p95. Goodput counts the requests with a TTFT within {targets['ttft']} and a TPOT within "
+        f"{targets['tpot']}.\n\n"
+    )
+    columns = ["setup", "requests/s", "TTFT", "TPOT", "gap p99", "goodput, requests/s", "within targets"]
+    return text + table(columns, rows) + "\n![goodput against rate](benchmarks-goodput.svg)\n" + origin(result)
+
+
+def goodput_figure(result: dict[str, Any]) -> str:
+    """Goodput against the offered rate, a line for each setup."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in result["rows"]:
+        lines.setdefault(row["setup"], []).append((row["rate"], row["goodput_requests_per_second"]))
+    rates = sorted({row["rate"] for row in result["rows"]})
+    return chart(
+        "requests a second within targets",
+        "requests a second that arrive",
+        lines,
+        {rate: f"{rate:g}" for rate in rates},
+        y_ticks=(0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0),
+        from_zero=True,
+    )
