@@ -161,8 +161,8 @@ def eventually(condition: Callable[[], Value | None], seconds: float = DEADLINE_
 
 
 def shared_memory_files() -> set[str]:
-    """Named shared memory on this machine."""
-    return set(os.listdir("/dev/shm"))
+    """Named shared memory on this machine; not the semaphores that process pools name for the moment they make them."""
+    return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.")}
 
 
 @contextlib.contextmanager

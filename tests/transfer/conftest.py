@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.live import shared_memory_files
 from tests.transfer.rig import eventually
 
 
@@ -20,14 +21,14 @@ def _nothing_is_left_behind() -> Iterator[None]:
     if sys.platform != "linux":
         yield
         return
-    before, segments = set(os.listdir("/proc/self/fd")), set(os.listdir("/dev/shm"))
+    before, segments = set(os.listdir("/proc/self/fd")), shared_memory_files()
     yield
     gc.collect()
     eventually(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("kv-")])
     descriptors = {fd: _target(fd) for fd in set(os.listdir("/proc/self/fd")) - before}
     assert not {fd: target for fd, target in descriptors.items() if target}, descriptors
     assert "transload-kv" not in Path("/proc/self/maps").read_text()
-    assert set(os.listdir("/dev/shm")) <= segments
+    assert shared_memory_files() <= segments
 
 
 def _target(fd: str) -> str:
