@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from transload.deploy.load import load
+    from transload.study.json_file import write_out
     from transload.study.show_compare import show_comparison, to_csv
 
     if args.json == "-" and args.csv == "-":
@@ -67,9 +68,9 @@ def run(args: argparse.Namespace) -> int:
     comparison = _simulated(args, deployments)
     if args.json:
         encoded = msgspec.json.format(msgspec.json.encode(comparison), indent=2).decode() + "\n"
-        _write(args.json, encoded)
+        write_out("--json", args.json, encoded.encode())
     if args.csv:
-        _write(args.csv, to_csv(comparison))
+        write_out("--csv", args.csv, to_csv(comparison).encode())
     if "-" not in (args.json, args.csv):
         show_comparison(comparison, Console(width=None if sys.stdout.isatty() else 200))
     return 0
@@ -124,13 +125,3 @@ def _about(assume: list[str], deployment: Deployment) -> list[str]:
     fleet = fleet_of(deployment)
     known = {name for thing in (*fleet.chips.values(), *fleet.links.values()) for name in (thing.id, *thing.aliases)}
     return [text for text in assume if parse_assumption(text).subject in known]
-
-
-def _write(target: str, text: str) -> None:
-    if target == "-":
-        sys.stdout.write(text)
-        return
-    try:
-        Path(target).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise DeploymentError(f"{target}: cannot be written: {error.strerror}") from error

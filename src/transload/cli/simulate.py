@@ -171,6 +171,7 @@ def deployment_of(args: argparse.Namespace, more: tuple[str, ...] = ()) -> Deplo
 
 
 def _run_sweep(args: argparse.Namespace, console: Console) -> int:
+    from transload.study.json_file import write_out
     from transload.study.sweep import combinations, encode_sweep, parse_rates, parse_variation, run_sweep, show_sweep
 
     if args.processes < 1:
@@ -183,7 +184,7 @@ def _run_sweep(args: argparse.Namespace, console: Console) -> int:
     points = run_sweep([_planned(args, values) for values in combinations(variations)], args.processes)
     show_sweep(points, console)
     if args.json is not None:
-        _put(args.json, encode_sweep(points))
+        write_out("--json", args.json, encode_sweep(points))
     _write(args, [point.result for point in points], json=False)
     return EXIT_ALL_FAILED if not any(point.result.summary.num_successful for point in points) else 0
 
@@ -215,11 +216,12 @@ def _planned(args: argparse.Namespace, values: dict[str, str]) -> Planned:
 
 
 def _write(args: argparse.Namespace, results: list[Result], *, json: bool = True) -> None:
+    from transload.study.json_file import write_out
     from transload.study.report import result_labels, show, tables, write_page
     from transload.study.result import encode_result
 
     if json and args.json is not None:
-        _put(args.json, encode_result(results[0]))
+        write_out("--json", args.json, encode_result(results[0]))
     if args.html is not None:
         write_page(results, args.html, title=str(args.file))
         show.wrote(args.html)
@@ -234,14 +236,3 @@ def _write_trace(timeline: TimelineRecorder, args: argparse.Namespace) -> None:
 
     write_trace(timeline.timeline(), args.perfetto, simulated=True, name=str(args.file))
     show.wrote(args.perfetto)
-
-
-def _put(path: str, encoded: bytes) -> None:
-    if path == "-":
-        sys.stdout.buffer.write(encoded)
-        sys.stdout.buffer.flush()
-        return
-    try:
-        Path(path).write_bytes(encoded)
-    except OSError as problem:
-        raise DeploymentError(f"--json {path}: cannot write: {problem.strerror}") from None

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import resource
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from transload.errors import DeploymentError, TransloadError
 from transload.runtime.base import Waterfall
 from transload.study.curves import latency_curves
 from transload.study.http_client import HttpClient, parse_url
+from transload.study.json_file import write_out
 from transload.study.loadgen import LoadGenerator
 from transload.study.metrics import RequestRecord, Summary, summarize
 from transload.study.provenance import MachineFacts, machine_facts, versions
@@ -118,7 +118,9 @@ def run_bench(bench: Bench) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     show_summary(result.summary, records, console, title=f"{bench.workload.name} -> {result.server.model}")
-    _write(result, bench.json_path)
+    if bench.json_path is not None:
+        encoded = msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n"
+        write_out("--json", bench.json_path, encoded)
     _report(bench, result, records)
     if result.was_interrupted:
         return EXIT_INTERRUPTED
@@ -290,17 +292,3 @@ def _report(bench: Bench, result: Result, records: list[RequestRecord]) -> None:
         write_page([shown], bench.html_path)
     if bench.csv_path is not None:
         tables.write_csv([shown], [shown.name], bench.csv_path)
-
-
-def _write(result: Result, path: str | None) -> None:
-    if path is None:
-        return
-    encoded = msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n"
-    if path == "-":
-        sys.stdout.buffer.write(encoded)
-        sys.stdout.buffer.flush()
-        return
-    try:
-        Path(path).write_bytes(encoded)
-    except OSError as problem:
-        raise DeploymentError(f"--json {path}: cannot write: {problem.strerror}") from None

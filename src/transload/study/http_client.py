@@ -35,6 +35,20 @@ class Answer(Protocol):
         ...
 
 
+class WholeAnswer:
+    """Keeps an answer until it is whole."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.content = b""
+
+    def head(self, status: int, headers: dict[str, str]) -> None:  # noqa: ARG002
+        self.status = status
+
+    def body(self, part: bytes, at_seconds: float) -> None:  # noqa: ARG002
+        self.content += part
+
+
 class ConnectFailed(Exception):
     """No connection could be made."""
 

@@ -13,7 +13,7 @@ import msgspec
 
 from transload.errors import TransloadError
 from transload.study.answers import NOT_JSON, describe_error
-from transload.study.http_client import ConnectFailed, ConnectionBroke, HttpClient, NotHttp
+from transload.study.http_client import ConnectFailed, ConnectionBroke, HttpClient, NotHttp, WholeAnswer
 from transload.study.prompts import COMMON_WORDS, Vocabulary
 
 Endpoint = Literal["completions", "chat"]
@@ -51,20 +51,6 @@ class _Models(msgspec.Struct):
 class _Tokens(msgspec.Struct):
     tokens: list[int]
     max_model_len: int | None = None
-
-
-class _Whole:
-    """Collects an answer that is not streamed."""
-
-    def __init__(self) -> None:
-        self.status = 0
-        self.content = b""
-
-    def head(self, status: int, headers: dict[str, str]) -> None:  # noqa: ARG002
-        self.status = status
-
-    def body(self, part: bytes, at_seconds: float) -> None:  # noqa: ARG002
-        self.content += part
 
 
 async def discover(
@@ -177,7 +163,7 @@ async def _tokenize(client: HttpClient, body: dict[str, object]) -> _Tokens | No
 
 
 async def _fetch(client: HttpClient, method: str, path: str, body: bytes) -> tuple[int, bytes]:
-    answer = _Whole()
+    answer = WholeAnswer()
     async with asyncio.timeout(DISCOVERY_SECONDS):
         await client.exchange(method, path, body, answer)
     return answer.status, answer.content

@@ -7,24 +7,12 @@ from collections.abc import Iterable, Sequence
 
 from transload.runtime.base import Waterfall
 from transload.study.answers import NOT_JSON
-from transload.study.http_client import ConnectFailed, ConnectionBroke, HttpClient, NotHttp
+from transload.study.http_client import ConnectFailed, ConnectionBroke, HttpClient, NotHttp, WholeAnswer
 from transload.study.metrics import RequestRecord, ttft_seconds
 from transload.study.waterfall import decode_waterfalls
 
 SHARES = (0.5, 0.9, 1.0)
 ASK_SECONDS = 5.0
-
-
-class _Body:
-    def __init__(self) -> None:
-        self.status = 0
-        self.content = b""
-
-    def head(self, status: int, headers: dict[str, str]) -> None:  # noqa: ARG002
-        self.status = status
-
-    def body(self, part: bytes, at_seconds: float) -> None:  # noqa: ARG002
-        self.content += part
 
 
 def chosen(records: Iterable[RequestRecord]) -> list[RequestRecord]:
@@ -46,7 +34,7 @@ async def fetch_waterfalls(
     for record in records if of_all else chosen(records):
         if record.answer_id is None:
             continue
-        answer = _Body()
+        answer = WholeAnswer()
         try:
             async with asyncio.timeout(ASK_SECONDS):
                 await client.exchange("GET", f"/requests/{record.answer_id}", b"", answer)

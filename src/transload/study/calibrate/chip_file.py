@@ -11,6 +11,7 @@ import yaml
 from transload.deploy.machine import read_machine
 from transload.errors import DeploymentError
 from transload.hardware.measured import MeasuredSteps
+from transload.study.significant import significant
 
 SIGNIFICANT = 5
 _HEAD = """\
@@ -38,7 +39,7 @@ def write_chip_file(measured: MeasuredSteps, path: str | Path, *, is_gpu: bool) 
         "kind": "gpu" if is_gpu else "cpu",
         "memory": [memory],
         **_way_out(measured),
-        "measured": _rounded(msgspec.to_builtins(measured)),
+        "measured": significant(msgspec.to_builtins(measured), SIGNIFICANT),
     }
     text = yaml.safe_dump(chip, sort_keys=False, allow_unicode=True, width=110)
     try:
@@ -56,17 +57,7 @@ def _way_out(measured: MeasuredSteps) -> dict[str, Any]:
     return {
         "scale_out": {
             "name": "between workers of this machine",
-            "bandwidth": {"value": _rounded(link.bytes_per_second), "unit": "B/s", **where},
-            "latency": {"value": _rounded(link.latency_seconds), "unit": "s", **where},
+            "bandwidth": {"value": significant(link.bytes_per_second, SIGNIFICANT), "unit": "B/s", **where},
+            "latency": {"value": significant(link.latency_seconds, SIGNIFICANT), "unit": "s", **where},
         }
     }
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.{SIGNIFICANT}g}")
-    if isinstance(value, dict):
-        return {key: _rounded(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(inner) for inner in value]
-    return value

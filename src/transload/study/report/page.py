@@ -21,6 +21,7 @@ from transload.errors import DeploymentError
 from transload.study.curves import latency_curves
 from transload.study.metrics import Distribution, Summary
 from transload.study.result import Result
+from transload.study.significant import significant
 
 SIGNIFICANT = 6
 MIN_SWEEP_POINTS = 3
@@ -45,7 +46,7 @@ def render_page(results: Sequence[Result], *, title: str = "Transload report") -
         "sweeps": _sweeps(results),
     }
     # "</script>" in a name must not end the script that holds it.
-    encoded = msgspec.json.encode(_rounded(data)).decode().replace("<", "\\u003c")
+    encoded = msgspec.json.encode(significant(data, SIGNIFICANT)).decode().replace("<", "\\u003c")
     parts = {
         "title": escape(labels[0] if len(results) == 1 else _short(title)),
         "style": _asset("page.css"),
@@ -168,14 +169,3 @@ def _point(summary: Summary) -> dict[str, float | None]:
         "ttft_p90": summary.ttft_seconds.p90 if summary.ttft_seconds else None,
         "tpot_p90": summary.tpot_seconds.p90 if summary.tpot_seconds else None,
     }
-
-
-def _rounded(value: Any) -> Any:
-    """Floats to so many digits as anybody reads: half the size of the page."""
-    if isinstance(value, float):
-        return float(f"{value:.{SIGNIFICANT}g}")
-    if isinstance(value, dict):
-        return {key: _rounded(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(inner) for inner in value]
-    return value

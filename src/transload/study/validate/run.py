@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
@@ -18,6 +17,7 @@ from transload.runtime.base import Waterfall
 from transload.study.calibrate.effort import warn_if_busy
 from transload.study.calibrate.server import Played, ServerProcess, new_folder, play
 from transload.study.curves import latency_curves
+from transload.study.json_file import write_out
 from transload.study.metrics import Summary, summarize
 from transload.study.provenance import MachineFacts, machine_facts, versions
 from transload.study.report.sources import with_timeline
@@ -203,7 +203,4 @@ def _commit() -> str:
 def write_validation(validation: Validation, path: str) -> None:
     """As indented JSON; "-": to stdout."""
     encoded = msgspec.json.format(msgspec.json.encode(validation), indent=1) + b"\n"
-    if path == "-":
-        sys.stdout.buffer.write(encoded)
-    else:
-        Path(path).write_bytes(encoded)
+    write_out("--json", path, encoded)
