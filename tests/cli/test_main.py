@@ -146,6 +146,25 @@ def test_a_misspelt_subcommand_is_refused_with_the_one_that_was_meant(capsys: py
     assert "did you mean explain?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["bench", "--reqests=3"],
+            "transload bench: error: unrecognized arguments: --reqests=3; did you mean --requests?",
+        ),
+        (["serve", "--topolgy=1agg"], "unrecognized arguments: --topolgy=1agg; did you mean --topology?"),
+        (["explain", "a.yaml", "b.yaml"], "transload explain: error: unrecognized arguments: b.yaml\n"),
+    ],
+)
+def test_an_unknown_flag_is_refused_with_the_one_that_was_meant(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert said in capsys.readouterr().err
+
+
 def test_flags_are_not_guessed_from_their_beginning(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["serve", "--top", "1p1d"])

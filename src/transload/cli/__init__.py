@@ -71,7 +71,16 @@ examples:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Complains in one form, and about unknown subcommands with the one that was meant."""
+    """Complains in one form, and about unknown subcommands and flags with the one that was meant."""
+
+    def refuse_unknown(self, words: Sequence[str], command: str) -> NoReturn:
+        """Exit with what was not understood on the command line of a subcommand."""
+        (subparsers,) = (action for action in self._actions if isinstance(action, argparse._SubParsersAction))
+        chosen: argparse.ArgumentParser = subparsers.choices[command]
+        flags = [word.partition("=")[0] for word in words if word.startswith("-")]
+        known = [name for action in chosen._actions for name in action.option_strings]
+        close = difflib.get_close_matches(flags[0], known, n=1) if flags else []
+        chosen.error(f"unrecognized arguments: {' '.join(words)}" + (f"; did you mean {close[0]}?" if close else ""))
 
     def error(self, message: str) -> NoReturn:
         unknown = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
@@ -81,7 +90,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\nTry: {self.prog} --help\n")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> _Parser:
     """All subcommands and flags."""
     parser = _Parser(
         prog="transload",
@@ -100,7 +109,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code. Errors meant for people go to stderr without a traceback."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.refuse_unknown(unknown, args.command)
     try:
         code = int(args.run(args))
         sys.stdout.flush()
