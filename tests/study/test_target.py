@@ -39,6 +39,12 @@ class Server:
         if call.path == "/v1/models":
             await call.json(200, {"object": "list", "data": [{"id": "smol", "max_model_len": 2048}, {"id": "other"}]})
             return
+        if call.path == "/v1/completions":
+            known = call.fields["model"] == "alias"
+            await call.json(
+                200 if known else 404, {"choices": []} if known else {"error": {"message": "no such model"}}
+            )
+            return
         assert call.path == "/tokenize"
         self.num_questions += 1
         fields = call.fields
@@ -61,6 +67,15 @@ def test_prompts_are_made_of_words_that_are_one_token_for_this_server() -> None:
     assert list(target.vocabulary.words) == single
     assert set(target.vocabulary.ids) == {5000 + COMMON_WORDS.index(word) for word in single}
     assert server.num_questions < 50  # found by halving, not word by word
+
+
+def test_a_model_that_the_server_does_not_know_is_refused_before_any_load() -> None:
+    with pytest.raises(TransloadError, match=r'serves no model "smoll"; did you mean "smol".*it lists: smol, other'):
+        ask(Server(), model="smoll")
+
+
+def test_a_model_that_the_server_knows_but_does_not_list_is_taken() -> None:
+    assert ask(Server(), model="alias").model == "alias"
 
 
 def test_what_the_server_adds_to_a_text_is_measured() -> None:

@@ -1,6 +1,7 @@
 """What a load generator must know of the server it is pointed at: is it there, what does it serve, how does it count.
 
-Asks `/v1/models` and, where there is one, `/tokenize` (vLLM's and SGLang's form). Sends no load.
+Asks `/v1/models` and, where there is one, `/tokenize` (vLLM's and SGLang's form). Sends no load, but for one token to
+see whether a model's name that is not listed is known.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Literal
 import msgspec
 
 from transload.errors import TransloadError
+from transload.hardware.nearest import did_you_mean
 from transload.study.answers import NOT_JSON, describe_error
 from transload.study.http_client import ConnectFailed, ConnectionBroke, HttpClient, NotHttp, WholeAnswer
 from transload.study.prompts import COMMON_WORDS, Vocabulary
@@ -70,6 +72,8 @@ async def discover(
         if not models:
             raise TransloadError(f"{client.address.url} does not tell which models it serves; name one with --model")
         model = models[0].id
+    elif models and model not in {entry.id for entry in models}:
+        await _refuse_unknown_model(client, model, [entry.id for entry in models], endpoint)
     kind: Literal["ids", "text"] = "text" if endpoint == "chat" or prompt_kind == "text" else "ids"
     max_context = next((entry.max_model_len for entry in models if entry.id == model), None)
     vocabulary, told_context = await _vocabulary(client, model, endpoint)
@@ -106,6 +110,22 @@ async def _models(client: HttpClient) -> list[_Model]:
         return msgspec.json.decode(content, type=_Models).data
     except NOT_JSON:
         return []
+
+
+async def _refuse_unknown_model(client: HttpClient, model: str, listed: Sequence[str], endpoint: Endpoint) -> None:
+    """A server may know more names than it lists, so it is asked; every request of a load would be answered alike."""
+    path: str = "/v1/completions"
+    prompt: dict[str, object] = {"prompt": _LEAD}
+    if endpoint == "chat":
+        path, prompt = "/v1/chat/completions", {"messages": [{"role": "user", "content": _LEAD}]}
+    body = msgspec.json.encode({"model": model, "max_tokens": 1, **prompt})
+    try:
+        status, _ = await _fetch(client, "POST", path, body)
+    except (TimeoutError, ConnectFailed, ConnectionBroke, NotHttp):
+        return  # the load itself will show what is wrong
+    if status == 404:
+        meant = did_you_mean(model, listed)
+        raise TransloadError(f'{client.address.url} serves no model "{model}"{meant}; it lists: {", ".join(listed)}')
 
 
 async def _vocabulary(client: HttpClient, model: str, endpoint: Endpoint) -> tuple[Vocabulary, int | None]:
