@@ -26,6 +26,7 @@ from transload.control.messages import (
 from transload.control.prefix import prompt_keys
 from transload.runtime.cluster import FrameFault, StepFault, VirtualWorker, faithful, never_fails
 from transload.runtime.cost import CostModel, LinearCost
+from transload.runtime.shared_machine import MachineModel
 from transload.runtime.virtual import VirtualRuntime
 
 BLOCK_SIZE = 4
@@ -95,6 +96,7 @@ class World:
         lease_seconds: Mapping[str, float] | None = None,
         check: bool = True,
         watch: Callable[[float, WorkerId, Message], None] | None = None,
+        machine: MachineModel | None = None,
     ) -> None:
         self.events: list[tuple[float, WorkerId, Message]] = []
         self.tokens: dict[RequestId, list[int]] = defaultdict(list)
@@ -144,6 +146,7 @@ class World:
             step_fault=step_fault,
             contents=self.contents,
             observe=self._observed,
+            machine=machine,
         )
 
     def ask(

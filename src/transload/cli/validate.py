@@ -13,12 +13,14 @@ from transload.errors import DeploymentError
 
 if TYPE_CHECKING:
     from transload.deploy.spec import Deployment
+    from transload.study.validate.saved import Validation
 
 _EXAMPLES = """\
 examples:
   transload calibrate -o machine.yaml
   transload validate --chip machine.yaml                      1agg and 1p1d, light and near saturation
   transload validate 2p1d deployments/1p1d-tcp.yaml --chip machine.yaml --rate 0.5
+  transload validate --again validation.json --chip machine.yaml    what was measured then, simulated anew
 """
 
 
@@ -52,6 +54,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     load.add_argument("--output", type=int, default=48, metavar="TOKENS", help="median output length (default 48)")
     load.add_argument("--cv", type=float, default=0.5, help="spread of both lengths (default 0.5)")
     load.add_argument("--seed", type=int, default=1, help="of the load (default 1)")
+    parser.add_argument(
+        "--again", metavar="FILE", help="simulate anew what a --json file says was measured; starts no server"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the result; - for stdout")
     parser.add_argument("--html", metavar="FILE", help="write both sides of each comparison as one page to look at")
     parser.set_defaults(run=run)
@@ -59,15 +64,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code: 0 if every bound holds, 1 if one does not; errors are raised."""
-    from rich.console import Console
-
     from transload.study.calibrate.server import end_in_order_when_told
     from transload.study.report import write_page
-    from transload.study.validate.run import Load, validate, write_validation
-    from transload.study.validate.show import show_comparison
+    from transload.study.validate.run import Load, validate
 
     if args.json not in (None, "-") and not Path(args.json).absolute().parent.is_dir():
         raise DeploymentError(f"--json {args.json}: its folder does not exist; make it first")
+    if args.again is not None:
+        return _again(args)
     workload = None
     if args.trace is not None:
         from transload.study.traces import Window, find_trace, open_trace
@@ -87,14 +91,34 @@ def run(args: argparse.Namespace) -> int:
     cases = [(case, _deployment(case, args.model)) for case in args.cases]
     end_in_order_when_told()
     done, results = validate(cases, str(Path(args.chip).absolute()), load, _say, command=without_secrets(sys.argv))
-    console = Console(stderr=args.json == "-", highlight=False)
+    if args.html is not None:
+        write_page(results, args.html, title="Real against virtual")
+    return _shown(done, args.json)
+
+
+def _again(args: argparse.Namespace) -> int:
+    """The measured half from a file."""
+    from transload.study.validate.saved import simulate_again
+
+    if args.html is not None:
+        raise DeploymentError("--html: with --again only figures of the measured half are known; leave one of them out")
+    command = without_secrets(sys.argv)
+    return _shown(simulate_again(args.again, str(Path(args.chip).absolute()), _say, command=command), args.json)
+
+
+def _shown(done: Validation, json_path: str | None) -> int:
+    """Tables and file; 0 if every bound holds."""
+    from rich.console import Console
+
+    from transload.study.validate.saved import write_validation
+    from transload.study.validate.show import show_comparison
+
+    console = Console(stderr=json_path == "-", highlight=False)
     for comparison in done.comparisons:
         show_comparison(comparison, console)
         console.print()
-    if args.html is not None:
-        write_page(results, args.html, title="Real against virtual")
-    if args.json is not None:
-        write_validation(done, args.json)
+    if json_path is not None:
+        write_validation(done, json_path)
     return 0 if all(comparison.holds for comparison in done.comparisons) else 1
 
 

@@ -6,7 +6,7 @@ of it. All numbers are of the class measured; machine and date stand beside them
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -16,6 +16,7 @@ from transload.hardware.quantity import Text
 Seconds = Annotated[float, Meta(ge=0, le=3600)]
 Tokens = Annotated[int, Meta(ge=1, le=2**24)]
 Factor = Annotated[float, Meta(ge=0.05, le=100)]
+WorkKind = Literal["prefill", "decode", "front_end"]
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -42,11 +43,40 @@ class MeasuredLink(Part, frozen=True, kw_only=True):
     bytes_per_second: Annotated[float, Meta(gt=0)]
 
 
-class Interference(Part, frozen=True, kw_only=True):
-    """How many times as long steps take while another worker of the same machine computes too."""
+class Slowdown(Part, frozen=True, kw_only=True):
+    """How many times as long steps take in a worker that serves as in one that only computes."""
 
     prefill: Factor = 1.0
     decode: Factor = 1.0
+
+
+class BesideEach(Part, frozen=True, kw_only=True):
+    """How many times as long a step takes while another core of the machine does this all the time."""
+
+    prefill: Factor = 1.0
+    decode: Factor = 1.0
+    front_end: Factor = 1.0
+
+
+class Interference(Part, frozen=True, kw_only=True):
+    """What cores of one machine do to each other through what they share. Rows: steps that are slowed."""
+
+    prefill: BesideEach = BesideEach()
+    """A step with prompt tokens."""
+    decode: BesideEach = BesideEach()
+
+    def factor(self, kind: WorkKind, other: WorkKind) -> float:
+        """Of `kind` beside `other`. The front end is slowed by nobody: it waits, for most of its time."""
+        if kind == "front_end":
+            return 1.0
+        row = self.prefill if kind == "prefill" else self.decode
+        match other:
+            case "prefill":
+                return row.prefill
+            case "decode":
+                return row.decode
+            case "front_end":
+                return row.front_end
 
 
 class FrontEnd(Part, frozen=True, kw_only=True):
@@ -84,8 +114,8 @@ class MeasuredSteps(Part, frozen=True, kw_only=True):
     """By requests, ascending."""
     mixed_share: Factor = 1.0
     """A step with prompts and decodes takes what its prompts take alone and this share of what its decodes do."""
-    serving: Interference = Interference()
-    """How many times as long steps take in a worker that serves: its event loop and links share the interpreter."""
+    serving: Slowdown = Slowdown()
+    """Event loop, links and executor of a worker that serves share an interpreter."""
     beside: Interference = Interference()
     step_gap_seconds: Seconds = 0.0
     """Between two steps of a worker that has work."""

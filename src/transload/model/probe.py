@@ -33,10 +33,11 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """When each step began, on the monotonic clock of the machine, and how long it took."""
+    """When each step began, on the monotonic clock of the machine, how long it took, and how much processor time."""
 
     started: tuple[float, ...] = ()
     seconds: tuple[float, ...] = ()
+    cpu_seconds: tuple[float, ...] = ()
     error: str | None = None
     load_seconds: float = 0.0
 
@@ -66,13 +67,15 @@ def _measure(executor: TorchExecutor, order: Order) -> Answer:
     step = RunStep(0, _chunks(executor, order))
     started: list[float] = []
     seconds: list[float] = []
+    cpu_seconds: list[float] = []
     until = time.monotonic() + order.seconds
     while len(seconds) < order.repeats or time.monotonic() < until:
-        began = time.monotonic()
+        began, spent = time.monotonic(), time.process_time()
         executor.run_step(step, lambda _low, _high: None)
         started.append(began)
         seconds.append(time.monotonic() - began)
-    return Answer(started=tuple(started), seconds=tuple(seconds))
+        cpu_seconds.append(time.process_time() - spent)
+    return Answer(started=tuple(started), seconds=tuple(seconds), cpu_seconds=tuple(cpu_seconds))
 
 
 def _chunks(executor: TorchExecutor, order: Order) -> tuple[Chunk, ...]:

@@ -64,6 +64,7 @@ from transload.runtime.cluster import (
 from transload.runtime.cost import CostModel
 from transload.runtime.decode_run import on_tick
 from transload.runtime.flight import Flight, StepTimes
+from transload.runtime.shared_machine import MachineModel
 from transload.runtime.virtual_links import VirtualLinks
 from transload.runtime.virtual_steps import DrawToken, VirtualSteps
 
@@ -91,8 +92,10 @@ class VirtualRuntime:
         observe: Callable[[float, WorkerId, Message], None] | None = None,
         watcher: Watcher | None = None,
         jumps: bool = True,
+        machine: MachineModel | None = None,
     ) -> None:
-        """`draw_token` None: all tokens are 0. `jumps` False: step by step, for comparison."""
+        """`draw_token` None: all tokens are 0. `jumps` False: step by step, for comparison. `machine`: the one that
+        all workers share, if they do."""
         self.now = 0.0
         self.controller = Controller(controller)
         self.workers: dict[WorkerId, LiveWorker] = {}
@@ -111,7 +114,7 @@ class VirtualRuntime:
         self._incarnations = dict.fromkeys(self._specs, 0)
         self._factors: dict[tuple[str, str], float] = {}
         steps_fault = None if step_fault is never_fails else step_fault
-        self._steps = VirtualSteps(self, cost, draw_token, steps_fault, contents, watcher, jumps=jumps)
+        self._steps = VirtualSteps(self, cost, draw_token, steps_fault, contents, watcher, machine, jumps=jumps)
         self._links = VirtualLinks(self, None if frame_fault is faithful else frame_fault, contents, watcher)
         self._obey_worker: dict[type, Callable[[LiveWorker, Any], None]] = {
             RunStep: self._steps.start,
@@ -430,6 +433,7 @@ class VirtualRuntime:
         self._settle(worker)
         del self.workers[name]
         worker.is_alive = False  # nothing addressed to it, or from it, arrives any more
+        self._steps.drop(worker)
         for pair in [pair for pair in self.links if name in pair]:
             self._links.break_link(self.links.pop(pair), source_died=pair[0] == name)
         if self._contents is not None:

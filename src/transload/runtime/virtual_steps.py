@@ -6,7 +6,8 @@ about to decide something is first told of the steps that have ended by then, ea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from transload.control.messages import (
@@ -19,11 +20,13 @@ from transload.control.messages import (
     Sampled,
     StepDone,
     StepFailed,
+    WorkerId,
 )
 from transload.runtime.cluster import KvContents, LiveWorker, StepFault, Watcher
 from transload.runtime.cost import CostModel
 from transload.runtime.decode_run import DecodeRun, on_tick
 from transload.runtime.flight import Segment
+from transload.runtime.shared_machine import Job, MachineModel, Milestone, SharedMachine
 
 if TYPE_CHECKING:
     from transload.runtime.virtual import VirtualRuntime
@@ -42,6 +45,7 @@ class VirtualSteps:
         step_fault: StepFault | None,
         contents: KvContents | None,
         watcher: Watcher | None,
+        machine: MachineModel | None,
         *,
         jumps: bool,
     ) -> None:
@@ -51,7 +55,10 @@ class VirtualSteps:
         self._step_fault = step_fault
         self._contents = contents
         self._watcher = watcher
-        self.jumps = jumps and step_fault is None and contents is None
+        self.jumps = jumps and step_fault is None and contents is None and machine is None
+        self._machine: SharedMachine | None = None
+        if machine is not None:
+            self._machine = SharedMachine(machine, lambda: runtime.now, self._foretell_milestone)
 
     # -- begin --------------------------------------------------------------------------------------------------------
 
@@ -60,6 +67,9 @@ class VirtualSteps:
         now, name = self._runtime.now, worker.name
         worker.step = step
         worker.step_began = on_tick(now)
+        if self._machine is not None:
+            self._share_machine(self._machine, worker, step)
+            return
         run = worker.run = self._run_of(worker, step, now)
         if run is not None:
             run.num_planned = run.num_done + (step.repeats if self.jumps else 1)
@@ -85,13 +95,50 @@ class VirtualSteps:
         line = self._cost.decode_line(worker.name, len(step.chunks))
         return None if line is None else DecodeRun(now, *line, context, len(step.chunks))
 
-    def _foretell_layers(self, worker: LiveWorker, step: RunStep, end: float) -> None:
+    def _share_machine(self, machine: SharedMachine, worker: LiveWorker, step: RunStep) -> None:
+        """As long as it takes beside whatever else computes on the machine meanwhile."""
+        problem = self._step_fault(worker.name, step) if self._step_fault is not None else None
+        if self._contents is not None:
+            self._contents.step_started(worker.name, step, fails=problem is not None)
+        work_seconds = self._cost.step_seconds(worker.name, step.chunks)
+        milestones: list[Milestone] = []
+        if any(chunk.streams for chunk in step.chunks):
+            for share, ready in self._layers(worker, step):
+                milestones.append((work_seconds * share, partial(self._layers_written, worker, step, ready)))
+        worker.step_version += 1
+        version = worker.step_version
+
+        def end() -> None:
+            machine.tell(step.chunks)
+            self._end(worker, version, problem)
+
+        machine.begin(worker.name, step.chunks, [*milestones, (work_seconds, end)])
+
+    def _foretell_milestone(
+        self, at: float, worker: WorkerId | None, action: Callable[..., None], job: Job, version: int
+    ) -> None:
+        if worker is None:
+            self._runtime.call(at, partial(action, job, version))
+        else:
+            self._runtime.at_step_end(on_tick(at), self._runtime.workers[worker], action, job, version)
+
+    def drop(self, worker: LiveWorker) -> None:
+        """It has died: its step occupies the machine no more."""
+        if self._machine is not None:
+            self._machine.drop(worker.name)
+
+    @staticmethod
+    def _layers(worker: LiveWorker, step: RunStep) -> Iterator[tuple[float, LayersReady]]:
+        """The share of the step after which each frame's layers are written."""
         num_layers, stride = worker.spec.engine.num_layers, worker.spec.layers_per_frame
-        began = self._runtime.now
         for low in range(0, num_layers, stride):
             high = min(low + stride, num_layers)
-            at = end if high == num_layers else began + (end - began) * high / num_layers
-            ready = LayersReady(step.step, low, high)
+            yield high / num_layers, LayersReady(step.step, low, high)
+
+    def _foretell_layers(self, worker: LiveWorker, step: RunStep, end: float) -> None:
+        began = self._runtime.now
+        for share, ready in self._layers(worker, step):
+            at = end if share == 1.0 else began + (end - began) * share
             self._runtime.at_step_end(at, worker, self._layers_written, worker, step, ready)
 
     def _foretell_end(self, worker: LiveWorker, at: float, problem: str | None = None) -> None:

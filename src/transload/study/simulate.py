@@ -23,6 +23,7 @@ from transload.deploy.spec import Deployment
 from transload.errors import DeploymentError
 from transload.runtime.cluster import VirtualWorker
 from transload.runtime.cost import CostModel
+from transload.runtime.shared_machine import MachineModel
 from transload.runtime.virtual import VirtualRuntime
 from transload.study.recorder import Recorder
 from transload.study.result import Result
@@ -125,8 +126,10 @@ class Simulation:
         with_records: bool = False,
         with_steps: bool = False,
         timeline: TimelineRecorder | None = None,
+        machine: MachineModel | None = None,
     ) -> None:
-        """`front_end` says how long a request takes to the controller; None: no time."""
+        """`front_end` says how long a request takes to the controller; None: no time. `machine`: as for
+        `VirtualRuntime`."""
         self._cluster = cluster
         self._front_end = front_end
         self._workload = workload
@@ -155,6 +158,7 @@ class Simulation:
             watcher=self.recorder,
             observe=None if timeline is None else timeline.observe,
             jumps=jumps,
+            machine=machine,
         )
         self.recorder.controller = self.runtime.controller
 

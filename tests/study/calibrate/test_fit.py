@@ -14,10 +14,10 @@ from transload.hardware.cost.shape import StepShape
 from transload.hardware.measured import (
     DecodePoint,
     FrontEnd,
-    Interference,
     MeasuredLink,
     MeasuredSteps,
     PrefillPoint,
+    Slowdown,
 )
 from transload.study.calibrate.chip_file import write_chip_file
 from transload.study.calibrate.fit import fit, orders, step_error
@@ -33,7 +33,7 @@ def machine_seconds(order: StepOrder) -> float:
 
 
 def measured_points(*, quick: bool = False) -> dict[StepOrder, float]:
-    wanted = orders(max_batch=64, step_tokens=512, cache_tokens=32_768, block_size=16, quick=quick)
+    wanted = orders(max_batch=64, step_tokens=512, cache_tokens=32_768, block_size=16, repeats=9, quick=quick)
     return {order: machine_seconds(order) for order in wanted}
 
 
@@ -78,7 +78,7 @@ def test_the_fit_answers_what_was_not_measured(order: StepOrder) -> None:
 
 
 def test_a_decode_step_is_a_line_in_its_context() -> None:
-    cost = MeasuredStepCost(section(serving=Interference(decode=1.2), step_gap_seconds=0.001))
+    cost = MeasuredStepCost(section(serving=Slowdown(decode=1.2), step_gap_seconds=0.001))
     fixed, each = cost.decode_coefficients(7)
     for context in (0, 100, 5000):
         assert cost.step_seconds(StepShape((), 7, context)) == pytest.approx(fixed + each * context)
@@ -86,7 +86,7 @@ def test_a_decode_step_is_a_line_in_its_context() -> None:
 
 def test_serving_slows_steps_and_leaves_gaps() -> None:
     bare, serving = (
-        MeasuredStepCost(section(serving=Interference(prefill=factor, decode=factor), step_gap_seconds=gap))
+        MeasuredStepCost(section(serving=Slowdown(prefill=factor, decode=factor), step_gap_seconds=gap))
         for factor, gap in ((1.0, 0.0), (1.5, 0.002))
     )
     for shape in (StepShape((), 4, 400), StepShape(((0, 64),)), StepShape(((0, 64),), 4, 400)):
@@ -99,7 +99,7 @@ def test_beyond_the_last_point_the_last_line_goes_on() -> None:
 
 
 def test_no_order_needs_more_than_the_cache_holds() -> None:
-    for order in orders(max_batch=64, step_tokens=2048, cache_tokens=4096, block_size=16, quick=False):
+    for order in orders(max_batch=64, step_tokens=2048, cache_tokens=4096, block_size=16, repeats=9, quick=False):
         assert order.num_cached_tokens <= 4096
 
 

@@ -13,7 +13,6 @@ from transload.hardware.measured import DecodePoint, PrefillPoint
 from transload.runtime.cost import LinearCost
 from transload.runtime.event_log import EventLog
 from transload.study.calibrate.serving import front_end_cpu, observe_serving
-from transload.study.calibrate.shared_machine import slowed
 from transload.study.metrics import RequestRecord
 from transload.study.timeline import TimelineRecorder
 
@@ -85,10 +84,3 @@ def test_cpu_that_makes_no_sense_is_all_put_down_to_tokens() -> None:
     found = front_end_cpu((10, 100, 0.01), (10, 200, 0.5), 0.0)
     assert found.request_cpu_seconds == 0.0
     assert found.token_cpu_seconds == pytest.approx(0.51 / 300)
-
-
-@pytest.mark.parametrize(
-    ("alone", "both", "seconds"), [(1.0, 10.0, 1.5), (1.0, 0.75, 1.25), (1.0, 0.0, 1.0), (1.0, 1.5, 1.5)]
-)
-def test_a_step_is_slowed_as_long_as_another_runs(alone: float, both: float, seconds: float) -> None:
-    assert slowed(alone, both, 1.5) == pytest.approx(seconds)

@@ -10,7 +10,7 @@ import pytest
 from tests.study.calibrate.test_fit import section
 from transload.deploy.resolve import resolve
 from transload.errors import DeploymentError
-from transload.hardware.measured import FrontEnd, Interference, MeasuredLink, MeasuredSteps
+from transload.hardware.measured import BesideEach, FrontEnd, Interference, MeasuredLink, MeasuredSteps
 from transload.study.calibrate.chip_file import write_chip_file
 from transload.study.metrics import ttft_seconds
 from transload.study.validate.compare import compare
@@ -57,7 +57,7 @@ def test_one_request_at_a_time_takes_its_steps_and_its_messages(topology: str, t
 
 
 def test_workers_that_are_busy_at_once_slow_each_other(tmp_path: Path) -> None:
-    beside = Interference(prefill=1.5, decode=1.5)
+    beside = Interference(prefill=BesideEach(decode=1.5), decode=BesideEach(prefill=1.5))
     calm, rough = (
         played(tmp_path, "1p1d", rate=6.0, num_requests=60, beside=factor) for factor in (Interference(), beside)
     )
@@ -67,7 +67,8 @@ def test_workers_that_are_busy_at_once_slow_each_other(tmp_path: Path) -> None:
 
 
 def test_a_single_worker_is_slowed_by_nobody(tmp_path: Path) -> None:
-    beside = Interference(prefill=3.0, decode=3.0)
+    each = BesideEach(prefill=3.0, decode=3.0)
+    beside = Interference(prefill=each, decode=each)
     calm, rough = (played(tmp_path, "1agg", rate=4.0, beside=factor) for factor in (Interference(), beside))
     assert calm.summary == rough.summary
 

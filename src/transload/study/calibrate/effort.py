@@ -11,7 +11,8 @@ from transload.study.provenance import machine_facts
 Say = Callable[[str], None]
 BUSY_SHARE = 0.3
 """Of the cores: with more of them at work for others, times are those of a busy machine."""
-TOGETHER_SECONDS = 4.0
+TOGETHER_SECONDS = 1.5
+ROUNDS = 3
 
 
 class Effort(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,8 +30,13 @@ class Effort(msgspec.Struct, frozen=True, kw_only=True):
         return 2 if self.quick else 24
 
     @property
+    def rounds(self) -> int:
+        """Everything is measured so often, with the rest between: a machine's speed changes within minutes."""
+        return 1 if self.quick else ROUNDS
+
+    @property
     def together_seconds(self) -> float:
-        return 0.5 if self.quick else TOGETHER_SECONDS
+        return 0.3 if self.quick else TOGETHER_SECONDS
 
 
 def warn_if_busy(say: Say) -> None:

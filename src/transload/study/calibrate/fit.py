@@ -30,9 +30,10 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True):
     mixed_share: float
 
 
-def orders(*, max_batch: int, step_tokens: int, cache_tokens: int, block_size: int, quick: bool) -> list[StepOrder]:
-    """The steps to measure on a worker with these limits."""
-    repeats = 2 if quick else 9
+def orders(
+    *, max_batch: int, step_tokens: int, cache_tokens: int, block_size: int, repeats: int, quick: bool
+) -> list[StepOrder]:
+    """The steps to measure on a worker with these limits, decodes `repeats` times and prompts half as often."""
     batches = [size for size in BATCHES if size <= max_batch][: 2 if quick else None]
     prompts = [tokens for tokens in PROMPTS if tokens <= step_tokens][: 2 if quick else None]
     found = [StepOrder(decode=(context,) * size, repeats=repeats) for size in batches for context in (SHORT, LONG)]

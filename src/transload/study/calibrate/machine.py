@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from statistics import median
 
@@ -17,19 +18,23 @@ from transload.deploy.plan import Placement, WorkerPlan
 from transload.deploy.spec import Deployment
 from transload.errors import DeploymentError
 from transload.hardware.cost.measured import MeasuredStepCost
-from transload.hardware.measured import Interference, MeasuredSteps
+from transload.hardware.measured import MeasuredSteps, Slowdown
 from transload.model.source import ModelFiles, locate
 from transload.study.calibrate import fit as fitting
 from transload.study.calibrate.effort import Effort, Say, warn_if_busy
-from transload.study.calibrate.endpoint import calibrate_endpoint
-from transload.study.calibrate.probes import Probe, StepOrder, measure_together, probes
+from transload.study.calibrate.probes import Probe, StepOrder, probes
+from transload.study.calibrate.served import measure_served
 from transload.study.calibrate.server import Played, ServerProcess, new_folder, play
 from transload.study.calibrate.serving import front_end_cpu, observe_serving
+from transload.study.calibrate.together import measure_interference
 from transload.study.metrics import RequestRecord
 from transload.study.provenance import machine_facts
-from transload.study.timeline import read_timeline
+from transload.study.timeline import Step, read_timeline
 from transload.study.workload import ClosedLoop, Fixed, Synthetic, synthetic
 from transload.transfer.layout import kv_layout
+
+REPEATS = 6
+"""Of a step in a round, prompts half as often; the first one does not count."""
 
 
 def calibrate_machine(deployment: Deployment, effort: Effort, say: Say, *, command: str) -> MeasuredSteps:
@@ -42,32 +47,46 @@ def calibrate_machine(deployment: Deployment, effort: Effort, say: Say, *, comma
     placement = place(deployment, read_machine(), files.arch)
     plans = _representatives(placement)
     if any(plan.hop is not None for plan in placement.workers):
-        return _from_outside(deployment, plans[0], files, effort, say, command=command)
+        return _as_served(deployment, placement, files, effort, say, command=command)
     say(f"measuring steps of {plans[0].name}: {files.name}, {plans[0].dtype}, {plans[0].threads} thread(s)")
     with probes(plans) as running:
         times = _measure_steps(running[0], effort, say)
-        beside = _beside(running, effort, say)
+        beside = measure_interference(running, effort, say)
         load_seconds = running[0].load_seconds
-    found = fitting.fit(times)
-    section = MeasuredSteps(
+    section = _section(fitting.fit(times), times, plans[0], files, command=command, threads=plans[0].threads)
+    section = msgspec.structs.replace(section, beside=beside, load_seconds=load_seconds)
+    say("starting a server to measure what serving adds")
+    with new_folder() as name, ServerProcess(deployment, Path(name)) as server:
+        _loop(server, num_requests=2, concurrency=1, output=8, seed=1)  # first uses
+        return _with_serving(section, server, effort, say)
+
+
+def _section(
+    found: fitting.Fit,
+    times: Mapping[StepOrder, float],
+    plan: WorkerPlan,
+    files: ModelFiles,
+    *,
+    command: str,
+    threads: int,
+) -> MeasuredSteps:
+    """Bare steps, and on what they were measured."""
+    return MeasuredSteps(
         model=files.name,
-        dtype=plans[0].dtype,
-        threads=plans[0].threads,
+        dtype=plan.dtype,
+        threads=threads,
         machine=_machine_words(),
         date=datetime.now(UTC).date().isoformat(),
         by=f"transload {__version__}: {command}",
         num_cores=machine_facts().num_cores,
-        kv_tokens=plans[0].num_blocks * plans[0].block_size,
-        kv_bytes_per_token=_kv_bytes_per_token(files, plans[0]),
+        kv_tokens=plan.num_blocks * plan.block_size,
+        kv_bytes_per_token=_kv_bytes_per_token(files, plan),
         prefill=found.prefill,
         prefill_context_seconds=found.prefill_context_seconds,
         decode=found.decode,
         mixed_share=found.mixed_share,
-        beside=beside,
-        load_seconds=load_seconds,
         step_error=fitting.step_error(found, times),
     )
-    return _with_serving(section, deployment, effort, say)
 
 
 def _representatives(placement: Placement) -> list[WorkerPlan]:
@@ -80,24 +99,28 @@ def _representatives(placement: Placement) -> list[WorkerPlan]:
     return [decoding] if other is None else [decoding, other]
 
 
-def _from_outside(
-    deployment: Deployment, plan: WorkerPlan, files: ModelFiles, effort: Effort, say: Say, *, command: str
+def _as_served(
+    deployment: Deployment, placement: Placement, files: ModelFiles, effort: Effort, say: Say, *, command: str
 ) -> MeasuredSteps:
-    """Steps that are split between processes are measured where they run: on a server, by what its users feel."""
-    say("feed-forwards are computed elsewhere: measuring a server of this deployment from outside")
+    """Steps that are split between processes are measured where they run: on a server, one worker with its helpers
+    standing for all."""
+    say("feed-forwards are computed elsewhere: measuring steps of a server of this deployment")
+    plan = _representatives(placement)[0]
     with new_folder() as name, ServerProcess(deployment, Path(name)) as server:
-        felt = calibrate_endpoint(server.url, effort, say, command=command, api_key=None)
-    return msgspec.structs.replace(
-        felt,
-        model=files.name,
-        dtype=plan.dtype,
-        threads=plan.threads,
-        machine=_machine_words(),
-        by=f"transload {__version__}: {command}",
-        num_cores=machine_facts().num_cores,
-        kv_tokens=plan.num_blocks * plan.block_size,
-        kv_bytes_per_token=_kv_bytes_per_token(files, plan),
-    )
+        _loop(server, num_requests=2, concurrency=1, output=8, seed=1)  # first uses
+        seeds = count(1_000)
+
+        def ask(users: int, prompt: int, output: int) -> list[Step]:
+            before = read_timeline(server.event_log).duration_seconds
+            _loop(server, num_requests=users, concurrency=users, prompt=prompt, output=output, seed=next(seeds))
+            timeline = read_timeline(server.event_log)
+            return [step for step in timeline.steps if step.start_seconds > before and step.worker == plan.name]
+
+        times = measure_served(ask, max_batch=plan.limits.max_batch, effort=effort, say=say)
+        threads = sum(each.threads for each in placement.workers if each.starts_here)
+        section = _section(fitting.fit(times), times, plan, files, command=command, threads=threads)
+        section = _with_serving(section, server, effort, say)
+    return msgspec.structs.replace(section, serving=Slowdown())  # they were measured while serving
 
 
 def _kv_bytes_per_token(files: ModelFiles, plan: WorkerPlan) -> int:
@@ -106,20 +129,25 @@ def _kv_bytes_per_token(files: ModelFiles, plan: WorkerPlan) -> int:
 
 
 def _measure_steps(probe: Probe, effort: Effort, say: Say) -> dict[StepOrder, float]:
+    """Median seconds of each, over all rounds."""
     plan = probe.plan
     wanted = fitting.orders(
         max_batch=plan.limits.max_batch,
         step_tokens=plan.limits.step_tokens,
         cache_tokens=plan.num_blocks * plan.block_size,
         block_size=plan.block_size,
+        repeats=2 if effort.quick else REPEATS,
         quick=effort.quick,
     )
-    times: dict[StepOrder, float] = {}
-    for index, order in enumerate(wanted, 1):
-        seconds = probe.measure(order).seconds[1:]  # the first one grows scratch memory
-        times[order] = median(seconds)
-        say(f"  step {index} of {len(wanted)}: {_words(order)}: {times[order] * 1e3:.1f} ms")
-    return times
+    times: dict[StepOrder, list[float]] = {order: [] for order in wanted}
+    for number in range(1, effort.rounds + 1):
+        for order in wanted:
+            times[order] += probe.alone_seconds(probe.measure(order))[1:]  # the first one grows scratch memory
+        say(f"  round {number} of {effort.rounds}: {len(wanted)} steps")
+    medians = {order: median(seconds) for order, seconds in times.items()}
+    for order, seconds in medians.items():
+        say(f"  {_words(order)}: {seconds * 1e3:.1f} ms")
+    return medians
 
 
 def _words(order: StepOrder) -> str:
@@ -127,24 +155,6 @@ def _words(order: StepOrder) -> str:
     if order.decode:
         parts.append(f"{len(order.decode)} decoding at {order.decode[0]}")
     return " and ".join(parts)
-
-
-def _beside(running: Sequence[Probe], effort: Effort, say: Say) -> Interference:
-    """Prompts on one worker and decodes on another, alone and together."""
-    if len(running) < 2:
-        return Interference()
-    seconds = effort.together_seconds
-    decode = StepOrder(decode=(256,) * 4, repeats=3, seconds=seconds)
-    prefill = StepOrder(prefill=((0, 128),), repeats=3, seconds=seconds)
-    decode_alone = median(running[0].measure(decode).seconds)
-    prefill_alone = median(running[1].measure(prefill).seconds)
-    decoding, prefilling = measure_together([(running[0], decode), (running[1], prefill)])
-    found = Interference(
-        prefill=max(1.0, median(prefilling.seconds) / prefill_alone),
-        decode=max(1.0, median(decoding.seconds) / decode_alone),
-    )
-    say(f"  beside each other: prefill takes {found.prefill:.2f} x as long, decode {found.decode:.2f} x")
-    return found
 
 
 def _machine_words() -> str:
@@ -157,22 +167,18 @@ def _machine_words() -> str:
 # A server
 
 
-def _with_serving(section: MeasuredSteps, deployment: Deployment, effort: Effort, say: Say) -> MeasuredSteps:
-    """With what serving adds: measured on a server of its own, one request after another and then several at once."""
-    say("starting a server to measure what serving adds")
-    with new_folder() as name, ServerProcess(deployment, Path(name)) as server:
-        _loop(server, num_requests=2, concurrency=1, output=8, seed=1)  # first uses
-        warm = read_timeline(server.event_log)
-        single = _loop(server, num_requests=effort.single_requests, concurrency=1, output=24, seed=2)
-        timeline = read_timeline(server.event_log)
-        # Only what came after the warm-up.
-        later = msgspec.structs.replace(
-            timeline,
-            steps=tuple(step for step in timeline.steps if step.start_seconds > warm.duration_seconds),
-            requests=timeline.requests[len(warm.requests) :],
-        )
-        seen = observe_serving(server.event_log, later, single.records, MeasuredStepCost(section))
-        loads = [_counted(server, effort, output) for output in (8, 48)]
+def _with_serving(section: MeasuredSteps, server: ServerProcess, effort: Effort, say: Say) -> MeasuredSteps:
+    """With what serving adds: one request after another and then several at once."""
+    before = read_timeline(server.event_log)
+    single = _loop(server, num_requests=effort.single_requests, concurrency=1, output=24, seed=2)
+    timeline = read_timeline(server.event_log)
+    later = msgspec.structs.replace(
+        timeline,
+        steps=tuple(step for step in timeline.steps if step.start_seconds > before.duration_seconds),
+        requests=timeline.requests[len(before.requests) :],
+    )
+    seen = observe_serving(server.event_log, later, single.records, MeasuredStepCost(section))
+    loads = [_counted(server, effort, output) for output in (8, 48)]
     front_end = front_end_cpu(loads[0], loads[1], seen.request_seconds)
     say(
         f"  steps take {seen.serving.prefill:.2f} x (prefill), {seen.serving.decode:.2f} x (decode) while serving; "
@@ -190,11 +196,13 @@ def _with_serving(section: MeasuredSteps, deployment: Deployment, effort: Effort
     )
 
 
-def _loop(server: ServerProcess, *, num_requests: int, concurrency: int, output: int, seed: int) -> Played:
+def _loop(
+    server: ServerProcess, *, num_requests: int, concurrency: int, output: int, seed: int, prompt: int = 128
+) -> Played:
     workload = synthetic(
         Synthetic(
             arrivals=ClosedLoop(concurrency),
-            input=Fixed(128),
+            input=Fixed(prompt),
             output=Fixed(output),
             num_requests=num_requests,
             seed=seed,

@@ -37,10 +37,11 @@ class StepOrder(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepTimes(msgspec.Struct, frozen=True, kw_only=True):
-    """When each step began, on the monotonic clock, and how long it took."""
+    """When each step began, on the monotonic clock, how long it took, and how much processor time."""
 
     started: tuple[float, ...] = ()
     seconds: tuple[float, ...] = ()
+    cpu_seconds: tuple[float, ...] = ()
     error: str | None = None
     load_seconds: float = 0.0
 
@@ -67,6 +68,12 @@ class Probe:
     def measure(self, order: StepOrder) -> StepTimes:
         """Raises `TransloadError` if the process cannot, or does not answer in time."""
         return self._ask(order, ORDER_SECONDS)
+
+    def alone_seconds(self, times: StepTimes) -> tuple[float, ...]:
+        """How long the steps would have taken with a core of their own: one thread of a CPU waits for nothing else,
+        so it is the processor time. Otherwise nothing better is known than how long they took."""
+        has_one_thread = self.plan.threads == 1 and not self.plan.device.startswith("cuda")
+        return times.cpu_seconds if has_one_thread else times.seconds
 
     def _ask(self, order: msgspec.Struct, deadline_seconds: float) -> StepTimes:
         assert self._process.stdin is not None
@@ -144,10 +151,11 @@ def measure_together(pairs: Sequence[tuple[Probe, StepOrder]]) -> list[StepTimes
 
 def _between(times: StepTimes, since: float, until: float) -> StepTimes:
     kept = [
-        (started, seconds)
-        for started, seconds in zip(times.started, times.seconds, strict=True)
+        (started, seconds, spent)
+        for started, seconds, spent in zip(times.started, times.seconds, times.cpu_seconds, strict=True)
         if started >= since and started + seconds <= until
     ]
     if not kept:
         return times
-    return StepTimes(started=tuple(start for start, _ in kept), seconds=tuple(seconds for _, seconds in kept))
+    started, seconds, spent = zip(*kept, strict=True)
+    return StepTimes(started=started, seconds=seconds, cpu_seconds=spent)

@@ -16,7 +16,7 @@ import msgspec
 
 from transload.hardware.cost.measured import MeasuredStepCost
 from transload.hardware.cost.shape import StepShape
-from transload.hardware.measured import FrontEnd, Interference, MeasuredLink
+from transload.hardware.measured import FrontEnd, MeasuredLink, Slowdown
 from transload.runtime.event_log import read_event_log
 from transload.study.metrics import RequestRecord, ttft_seconds
 from transload.study.timeline import CONTROLLER, Step, Timeline
@@ -30,7 +30,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
 
     message_seconds: float
     step_gap_seconds: float
-    serving: Interference
+    serving: Slowdown
     request_seconds: float
     links: dict[str, MeasuredLink]
 
@@ -99,7 +99,7 @@ def _gap_seconds(steps: Iterable[Step]) -> float:
     return median(gaps) if gaps else 0.0
 
 
-def _slowdown(steps: Sequence[Step], records: Sequence[RequestRecord], bare: MeasuredStepCost) -> Interference:
+def _slowdown(steps: Sequence[Step], records: Sequence[RequestRecord], bare: MeasuredStepCost) -> Slowdown:
     """Steps as served over steps as computed alone. One request at a time: its context is known from its lengths."""
     prompt = median(record.num_input_tokens for record in records)
     context = round(prompt + median(record.num_output_tokens for record in records) / 2)
@@ -114,7 +114,7 @@ def _slowdown(steps: Sequence[Step], records: Sequence[RequestRecord], bare: Mea
         for step in steps
         if step.num_decode == 1 and not step.num_prefill_tokens
     ]
-    return Interference(
+    return Slowdown(
         prefill=max(0.05, median(prefills)) if prefills else 1.0,
         decode=max(0.05, median(decodes)) if decodes else 1.0,
     )

@@ -10,7 +10,7 @@ from transload.deploy.machine import read_machine
 from transload.deploy.placement import place
 from transload.deploy.spec import Deployment
 from transload.hardware.cost.measured import MeasuredStepCost
-from transload.hardware.measured import Interference, MeasuredSteps
+from transload.hardware.measured import MeasuredSteps, Slowdown
 from transload.model.source import locate
 from transload.study.calibrate.fit import shape_of
 from transload.study.calibrate.probes import StepOrder, probes
@@ -38,9 +38,9 @@ def measure_drift(deployment: Deployment, measured: MeasuredSteps) -> Drift | No
     if any(plan.hop is not None for plan in placement.workers):
         return None
     plan = next(plan for plan in placement.workers if plan.role != "ffn" and plan.starts_here)
-    bare = MeasuredStepCost(msgspec.structs.replace(measured, serving=Interference(), step_gap_seconds=0.0))
+    bare = MeasuredStepCost(msgspec.structs.replace(measured, serving=Slowdown(), step_gap_seconds=0.0))
     with probes([plan]) as (probe,):
-        now = {order: median(probe.measure(order).seconds[1:]) for order in (PROMPT, DECODE)}
+        now = {order: median(probe.alone_seconds(probe.measure(order))[1:]) for order in (PROMPT, DECODE)}
     return Drift(
         prefill=now[PROMPT] / bare.step_seconds(shape_of(PROMPT)),
         decode=now[DECODE] / bare.step_seconds(shape_of(DECODE)),

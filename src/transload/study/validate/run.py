@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
@@ -12,24 +11,22 @@ import msgspec
 
 from transload.deploy.load import to_yaml
 from transload.deploy.spec import Deployment, Targets
-from transload.hardware.measured import MeasuredSteps
 from transload.runtime.base import Waterfall
 from transload.study.calibrate.effort import warn_if_busy
 from transload.study.calibrate.server import Played, ServerProcess, new_folder, play
 from transload.study.curves import latency_curves
-from transload.study.json_file import write_out
 from transload.study.metrics import Summary, summarize
-from transload.study.provenance import MachineFacts, machine_facts, versions
+from transload.study.provenance import machine_facts, versions
 from transload.study.report.sources import with_timeline
 from transload.study.result import Result
 from transload.study.timeline import Timeline, read_timeline
 from transload.study.told import chosen
 from transload.study.validate.compare import Comparison, compare
 from transload.study.validate.drift import measure_drift
+from transload.study.validate.saved import PlayedLoad, Validation, commit_of_this, load_of
 from transload.study.validate.virtual import VirtualRun, capacity, measured_of, play_virtual
 from transload.study.workload import ClosedLoop, Fixed, LogNormal, Poisson, Synthetic, Workload, synthetic
 
-SCHEMA = "transload-validation-1"
 Say = Callable[[str], None]
 
 
@@ -50,22 +47,6 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 1
 
 
-class Validation(msgspec.Struct, frozen=True, kw_only=True):
-    """The JSON file."""
-
-    schema: str = SCHEMA
-    command: tuple[str, ...]
-    started_at: str
-    commit: str
-    machine: MachineFacts
-    versions: dict[str, str]
-    chip: MeasuredSteps
-    comparisons: tuple[Comparison, ...]
-    measured: tuple[Summary, ...]
-    """In the order of the comparisons."""
-    simulated: tuple[Summary, ...]
-
-
 def validate(
     cases: Sequence[tuple[str, Deployment]], chip_path: str, load: Load, say: Say, *, command: tuple[str, ...]
 ) -> tuple[Validation, list[Result]]:
@@ -79,6 +60,7 @@ def validate(
     comparisons: list[Comparison] = []
     real: list[Summary] = []
     virtual: list[Summary] = []
+    loads: list[PlayedLoad] = []
     results: list[Result] = []
     for name, deployment in cases:
         workloads = list(_workloads(deployment, chip_path, load, say))
@@ -99,18 +81,22 @@ def validate(
                 comparisons.append(msgspec.structs.replace(compared, drift=drift))
                 real.append(summary)
                 virtual.append(simulated.summary)
+                loads.append(load_of(deployment, workload))
                 timeline = read_timeline(server.event_log)
                 results += [_real_result(name, deployment, workload, summary, played, timeline), simulated.result]
     done = Validation(
         command=command,
         started_at=started_at,
-        commit=_commit(),
+        commit=commit_of_this(),
         machine=machine,
         versions=versions(),
+        simulated_by=command,
+        simulated_commit=commit_of_this(),
         chip=measured,
         comparisons=tuple(comparisons),
         measured=tuple(real),
         simulated=tuple(virtual),
+        played=tuple(loads),
     )
     return done, results
 
@@ -183,24 +169,3 @@ def _stage_seconds(waterfalls: Sequence[Waterfall]) -> dict[str, float]:
         for stage in waterfall.stages:
             totals[stage.name] += stage.seconds
     return {name: seconds / len(waterfalls) for name, seconds in totals.items()}
-
-
-def _commit() -> str:
-    """Of the checkout this runs from; empty where it is none."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=10.0,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip()
-
-
-def write_validation(validation: Validation, path: str) -> None:
-    """As indented JSON; "-": to stdout."""
-    encoded = msgspec.json.format(msgspec.json.encode(validation), indent=1) + b"\n"
-    write_out("--json", path, encoded)

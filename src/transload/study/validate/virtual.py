@@ -47,10 +47,8 @@ def play_virtual(deployment: Deployment, chip_path: str, workload: Workload, *, 
     started_at, began = datetime.now(UTC).isoformat(timespec="seconds"), time.process_time()
     measured = measured_of(chip_path)
     cluster = plan_cluster(_on_chip(deployment, chip_path))
-    workers = [name for pool in cluster.pools for name in pool.worker_names]
-    cost = SharedMachineCost(ClusterCost(cluster), measured, workers)
-    simulation = Simulation(cluster, workload, cost, seed=deployment.seed, jumps=False, with_records=True)
-    cost.clock = lambda: simulation.runtime.now
+    cost = SharedMachineCost(ClusterCost(cluster), measured)
+    simulation = Simulation(cluster, workload, cost, seed=deployment.seed, jumps=False, machine=cost, with_records=True)
     simulation.run()
     recorder = simulation.recorder
     records = [_felt(record, measured.front_end.request_seconds) for record in recorder.records or []]

@@ -1,0 +1,140 @@
+"""A validation as a file, and its simulated half made anew from it: the measured half costs minutes, and stays true
+when the simulation gets better or the machine is measured again.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from transload.deploy.load import loads, to_yaml
+from transload.deploy.spec import Deployment
+from transload.errors import DeploymentError
+from transload.hardware.measured import MeasuredSteps
+from transload.study.json_file import write_out
+from transload.study.metrics import Summary
+from transload.study.provenance import MachineFacts
+from transload.study.validate.compare import Comparison, compare
+from transload.study.validate.virtual import measured_of, play_virtual
+from transload.study.workload import ArrivalSpec, Workload
+
+SCHEMA: Literal["transload-validation-2"] = "transload-validation-2"
+Say = Callable[[str], None]
+
+
+class PlayedLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """What was played on what."""
+
+    deployment: str
+    """As a file."""
+    workload: str
+    seed: int
+    block_size: int
+    concurrency: int | None
+    duration_seconds: float | None
+    arrivals: tuple[ArrivalSpec, ...]
+
+    def as_workload(self) -> Workload:
+        """The same arrivals and contents."""
+        return Workload(
+            name=self.workload,
+            arrivals=lambda: iter(self.arrivals),
+            seed=self.seed,
+            block_size=self.block_size,
+            concurrency=self.concurrency,
+            duration_seconds=self.duration_seconds,
+            num_requests=len(self.arrivals),
+        )
+
+
+def load_of(deployment: Deployment, workload: Workload) -> PlayedLoad:
+    """To be played again."""
+    return PlayedLoad(
+        deployment=to_yaml(deployment),
+        workload=workload.name,
+        seed=workload.seed,
+        block_size=workload.block_size,
+        concurrency=workload.concurrency,
+        duration_seconds=workload.duration_seconds,
+        arrivals=tuple(workload),
+    )
+
+
+class Validation(msgspec.Struct, frozen=True, kw_only=True):
+    """The JSON file."""
+
+    schema: Literal["transload-validation-2"] = SCHEMA
+    command: tuple[str, ...]
+    started_at: str
+    commit: str
+    machine: MachineFacts
+    versions: dict[str, str]
+    simulated_by: tuple[str, ...]
+    """The command that made the simulated half: the same, or a later one with --again."""
+    simulated_commit: str
+    chip: MeasuredSteps
+    """What the simulated half rests on."""
+    comparisons: tuple[Comparison, ...]
+    measured: tuple[Summary, ...]
+    """In the order of the comparisons."""
+    simulated: tuple[Summary, ...]
+    played: tuple[PlayedLoad, ...]
+
+
+def simulate_again(path: str, chip_path: str, say: Say, *, command: tuple[str, ...]) -> Validation:
+    """The measured half of the file beside a simulation of today. Raises `DeploymentError` for a file that is none."""
+    before = read_validation(path)
+    comparisons: list[Comparison] = []
+    summaries: list[Summary] = []
+    for old, measured, load in zip(before.comparisons, before.measured, before.played, strict=True):
+        say(f"{old.deployment}, {old.load}: simulated anew")
+        run = play_virtual(loads(load.deployment, path), chip_path, load.as_workload(), name=old.deployment)
+        stages = {figure.name: figure.measured for figure in old.stages}
+        new = compare(old.deployment, old.load, measured, run.summary, stages, run.stage_seconds)
+        comparisons.append(msgspec.structs.replace(new, drift=old.drift))
+        summaries.append(run.summary)
+    return msgspec.structs.replace(
+        before,
+        simulated_by=command,
+        simulated_commit=commit_of_this(),
+        chip=measured_of(chip_path),
+        comparisons=tuple(comparisons),
+        simulated=tuple(summaries),
+    )
+
+
+def read_validation(path: str) -> Validation:
+    """Raises `DeploymentError` if there is no such file, or it is none of this form."""
+    try:
+        return msgspec.json.decode(Path(path).read_bytes(), type=Validation)
+    except OSError as problem:
+        raise DeploymentError(f"--again {path}: cannot read: {problem.strerror}") from None
+    except msgspec.DecodeError as problem:
+        raise DeploymentError(
+            f"--again {path}: want a file that `transload validate --json` of this version wrote; {problem}"
+        ) from None
+
+
+def write_validation(validation: Validation, path: str) -> None:
+    """As indented JSON; "-": to stdout."""
+    encoded = msgspec.json.format(msgspec.json.encode(validation), indent=1) + b"\n"
+    write_out("--json", path, encoded)
+
+
+def commit_of_this() -> str:
+    """Of the checkout this runs from; empty where it is none."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=10.0,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()
