@@ -23,6 +23,7 @@ is noisy: treat differences under a fifth as equal.
 """
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "validation.json": simulated.validation,
+    "validation-afd.json": simulated.split_validation,
     "engine.json": engine.engine,
     "start.json": serving.start,
     "interference.json": serving.interference,

@@ -35,7 +35,7 @@ def simulation(result: dict[str, Any]) -> str:
     return text + table([*columns, "GPU hours / CPU s"], rows) + origin(result)
 
 
-def validation(result: dict[str, Any]) -> str:
+def validation(result: dict[str, Any], title: str = "Real against virtual") -> str:
     rows: list[list[object]] = []
     for comparison in result["comparisons"]:
         for figure in comparison["figures"]:
@@ -57,7 +57,7 @@ def validation(result: dict[str, Any]) -> str:
             )
     chip = result["chip"]
     text = (
-        "\n## Real against virtual\n\n`transload validate`: the same deployments and loads on this machine and in "
+        f"\n## {title}\n\n`transload validate`: the same deployments and loads on this machine and in "
         f"virtual time (*simulated*, from what `transload calibrate` measured of it on {chip['date']}: "
         f"{chip['model']}, {chip['dtype']}, {chip['threads']} thread(s)). Wanted: medians and throughput within 10 %, "
         "p90 within 20 %.\n\n"
@@ -67,10 +67,32 @@ def validation(result: dict[str, Any]) -> str:
         for comparison in result["comparisons"]
         if (drift := comparison.get("drift")) is not None
     ]
+    if result.get("simulated_commit", result["commit"]) != result["commit"]:
+        text += f"Simulated anew by commit {result['simulated_commit'][:7]} from what had been measured before.\n\n"
     if drifts:
         text += "Steps just before, over those of the calibration: " + "; ".join(dict.fromkeys(drifts)) + ".\n\n"
     columns = ["deployment", "load", "figure", "measured", "simulated", "error", "within"]
-    return text + table(columns, rows) + origin(result)
+    text += table(columns, rows) + "\nMean seconds a request spends in each stage, measured and *simulated*:\n\n"
+    text += table(["deployment", "load", "stages"], [_stages(each) for each in result["comparisons"]])
+    return text + origin(result)
+
+
+def _stages(comparison: dict[str, Any]) -> list[object]:
+    """Those that take a hundredth of a second or more."""
+    told = [
+        f"{figure['name']} {figure['measured']:.2f} / {figure['simulated']:.2f}{_off(figure)}"
+        for figure in comparison["stages"]
+        if max(figure["measured"], figure["simulated"]) >= 0.01
+    ]
+    return [comparison["deployment"], comparison["load"], "; ".join(told)]
+
+
+def _off(figure: dict[str, Any]) -> str:
+    return f" ({figure['simulated'] / figure['measured'] - 1:+.0%})" if figure["measured"] else ""
+
+
+def split_validation(result: dict[str, Any]) -> str:
+    return validation(result, "Real against virtual: attention here, feed-forward there")
 
 
 def torture(result: dict[str, Any]) -> str:

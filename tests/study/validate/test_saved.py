@@ -1,0 +1,89 @@
+"""A validation's file holds what its simulated half is made of, so that it can be made again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tests.study.validate.test_virtual import chip_file
+from transload.cli import main
+from transload.deploy.resolve import resolve
+from transload.errors import DeploymentError
+from transload.study.provenance import machine_facts, versions
+from transload.study.validate.compare import compare
+from transload.study.validate.saved import Validation, load_of, read_validation, simulate_again, write_validation
+from transload.study.validate.virtual import measured_of, play_virtual
+from transload.study.workload import Fixed, Poisson, Synthetic, synthetic
+
+
+@pytest.fixture
+def chip(tmp_path: Path) -> str:
+    return chip_file(tmp_path)
+
+
+@pytest.fixture
+def saved(tmp_path: Path, chip: str) -> Path:
+    """What was measured is what was simulated: no error at all."""
+    deployment = resolve(None, "1p1d", [])
+    workload = synthetic(Synthetic(arrivals=Poisson(2.0), input=Fixed(64), output=Fixed(8), num_requests=10, seed=3))
+    run = play_virtual(deployment, chip, workload)
+    done = Validation(
+        command=("transload", "validate"),
+        started_at="2026-11-26T12:00:00+00:00",
+        commit="a" * 40,
+        machine=machine_facts(),
+        versions=versions(),
+        simulated_by=("transload", "validate"),
+        simulated_commit="a" * 40,
+        chip=measured_of(chip),
+        comparisons=(compare("1p1d", "light", run.summary, run.summary, run.stage_seconds, run.stage_seconds),),
+        measured=(run.summary,),
+        simulated=(run.summary,),
+        played=(load_of(deployment, workload),),
+    )
+    path = tmp_path / "validation.json"
+    write_validation(done, str(path))
+    return path
+
+
+def test_the_same_chip_gives_the_same_simulation(saved: Path, chip: str) -> None:
+    before = read_validation(str(saved))
+    after = simulate_again(str(saved), chip, lambda _line: None, command=("again",))
+    assert after.simulated == before.simulated
+    assert after.comparisons == before.comparisons
+    assert after.simulated_by == ("again",)
+    assert after.command == before.command
+
+
+def test_another_chip_changes_the_simulated_half_alone(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "slower"
+    folder.mkdir()
+    slower = chip_file(folder, step_gap_seconds=0.05)
+    before = read_validation(str(saved))
+    after = simulate_again(str(saved), slower, lambda _line: None, command=("again",))
+    assert after.measured == before.measured
+    assert after.chip.step_gap_seconds == 0.05
+    found = {figure.name: figure for figure in after.comparisons[0].figures}
+    assert found["TPOT p50"].error is not None
+    assert found["TPOT p50"].error > 0.5
+
+
+def test_what_is_no_validation_is_refused(saved: Path, chip: str, tmp_path: Path) -> None:
+    old = tmp_path / "old.json"
+    old.write_bytes(saved.read_bytes().replace(b"transload-validation-2", b"transload-validation-1"))
+    for path, words in ((str(old), "of this version wrote"), (str(tmp_path / "none.json"), "cannot read")):
+        with pytest.raises(DeploymentError, match=words):
+            simulate_again(path, chip, lambda _line: None, command=())
+
+
+def test_a_page_needs_both_halves_to_be_played(saved: Path, chip: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "--again", str(saved), "--chip", chip, "--html", "page.html"]) == 2
+    assert "--html" in capsys.readouterr().err
+
+
+def test_figures_survive_the_file(saved: Path) -> None:
+    read = read_validation(str(saved))
+    assert msgspec.json.decode(msgspec.json.encode(read), type=Validation) == read
+    assert [load.as_workload().num_requests for load in read.played] == [10]
