@@ -15,6 +15,8 @@ from transload.hardware.quantity import Text
 
 Seconds = Annotated[float, Meta(ge=0, le=3600)]
 Tokens = Annotated[int, Meta(ge=1, le=2**24)]
+UNKNOWN = "unknown"
+"""Number format of an endpoint that was measured from outside: whose model it is, only its own name tells."""
 Factor = Annotated[float, Meta(ge=0.05, le=100)]
 WorkKind = Literal["prefill", "decode", "front_end"]
 
@@ -48,6 +50,8 @@ class Slowdown(Part, frozen=True, kw_only=True):
 
     prefill: Factor = 1.0
     decode: Factor = 1.0
+    streaming: Factor = 1.0
+    """Beyond `prefill`, of prompts whose cache goes to another worker while they are computed."""
 
 
 class BesideEach(Part, frozen=True, kw_only=True):

@@ -19,6 +19,7 @@ from transload.hardware.chip import Chip
 from transload.hardware.cost.measured import MeasuredCost
 from transload.hardware.cost.shape import StepShape
 from transload.hardware.cost.worker import OperationTime, WorkerCost
+from transload.hardware.measured import UNKNOWN, MeasuredSteps
 from transload.hardware.model_card import ModelCard
 from transload.hardware.model_facts import kv_bytes_per_token
 from transload.hardware.parallel import share_of_chip
@@ -210,6 +211,8 @@ def _pool(
     chip = load_chip(pool.chip)
     used |= {chip.id, *chip.aliases}
     chip = chip.assuming([parse_assumption(text) for text in assume])
+    if chip.measured is not None:
+        _check_measured(deployment, pool, card, chip.measured)
     cost: StepCost
     per_token = kv_bytes_per_token(card, precision.kv)
     if pool.ffn is not None:
@@ -234,6 +237,22 @@ def _pool(
             f"{card.id}; split it over more chips (pools.{pool.name}.parallel)"
         )
     return SimulatedPool(spec=pool, chip=chip, cost=cost, num_blocks=num_blocks, is_linear=pool.ffn is None)
+
+
+def _check_measured(deployment: Deployment, pool: Pool, card: ModelCard, measured: MeasuredSteps) -> None:
+    """What was measured are the steps of one model, whole."""
+    if pool.ffn is not None:
+        raise DeploymentError(
+            f'pool "{pool.name}": {pool.chip} was measured as whole workers, so it is not one side of a split; leave '
+            "out `ffn` and the FFN pool (a file that was measured with --topology 1a1f has both sides in its steps)"
+        )
+    path = deployment.model.path
+    names = {name.lower() for name in (card.id, card.name, *card.aliases, path, path.rstrip("/").rpartition("/")[2])}
+    if measured.dtype != UNKNOWN and measured.model.lower() not in names:
+        raise DeploymentError(
+            f'pool "{pool.name}": {pool.chip} was measured with {measured.model}, but this deployment serves {path}; '
+            f"calibrate with it (transload calibrate --model {path} -o FILE), or set model.path"
+        )
 
 
 def _ffn_pool(pool: Pool, assume: Sequence[str], used: set[str]) -> FfnPool:
@@ -346,7 +365,12 @@ class ClusterCost:
         self._ports: dict[tuple[str, str, str], Port] = {}
 
     def step_seconds(self, worker: WorkerId, chunks: Sequence[Chunk]) -> float:
-        return self._pools[worker].cost.step_seconds(step_shape(chunks))
+        pool = self._pools[worker]
+        seconds = pool.cost.step_seconds(step_shape(chunks))
+        measured = pool.chip.measured
+        if measured is not None and any(chunk.streams for chunk in chunks):
+            seconds *= measured.serving.streaming
+        return seconds
 
     def decode_line(self, worker: WorkerId, num_decode: int) -> tuple[float, float] | None:
         pool = self._pools[worker]

@@ -40,7 +40,7 @@ def measured_points(*, quick: bool = False) -> dict[StepOrder, float]:
 def section(**changes: object) -> MeasuredSteps:
     found = fit(measured_points())
     plain = MeasuredSteps(
-        model="m",
+        model="smollm2-135m-instruct",
         dtype="float32",
         machine="a machine",
         date="2026-11-26",

@@ -11,7 +11,7 @@ from statistics import median
 
 from transload import __version__
 from transload.errors import TransloadError
-from transload.hardware.measured import DecodePoint, MeasuredSteps, PrefillPoint
+from transload.hardware.measured import UNKNOWN, DecodePoint, MeasuredSteps, PrefillPoint
 from transload.study.calibrate.effort import Effort, Say
 from transload.study.calibrate.server import Played, play
 from transload.study.metrics import tpot_seconds, ttft_seconds
@@ -70,7 +70,7 @@ def calibrate_endpoint(url: str, effort: Effort, say: Say, *, command: str, api_
         say(f"  {count} at once: {low * 1e3:.1f} ms a token at a context of {SHORT}, {high * 1e3:.1f} ms at {LONG}")
     return MeasuredSteps(
         model=loop(1, 16, 4, 1).model,
-        dtype="unknown",
+        dtype=UNKNOWN,
         machine=f"whatever answers at {url}",
         date=datetime.now(UTC).date().isoformat(),
         by=f"transload {__version__}: {command}",

@@ -25,7 +25,7 @@ from transload.study.calibrate.effort import Effort, Say, warn_if_busy
 from transload.study.calibrate.probes import Probe, StepOrder, probes
 from transload.study.calibrate.served import measure_served
 from transload.study.calibrate.server import Played, ServerProcess, new_folder, play
-from transload.study.calibrate.serving import front_end_cpu, observe_serving
+from transload.study.calibrate.serving import front_end_cpu, observe_serving, prefill_slowdown
 from transload.study.calibrate.together import measure_interference
 from transload.study.metrics import RequestRecord
 from transload.study.provenance import machine_facts
@@ -58,7 +58,29 @@ def calibrate_machine(deployment: Deployment, effort: Effort, say: Say, *, comma
     say("starting a server to measure what serving adds")
     with new_folder() as name, ServerProcess(deployment, Path(name)) as server:
         _loop(server, num_requests=2, concurrency=1, output=8, seed=1)  # first uses
-        return _with_serving(section, server, effort, say)
+        section = _with_serving(section, server, effort, say)
+    if all(plan.role != "prefill" for plan in placement.workers):
+        return section
+    local = _local_prefill(deployment, section, effort)
+    say(f"  prompts take {local:.2f} x while serving where they are not streamed to another worker")
+    streaming = section.serving.prefill * section.serving.streaming / local
+    serving = msgspec.structs.replace(section.serving, prefill=local, streaming=streaming)
+    return msgspec.structs.replace(section, serving=serving)
+
+
+def _local_prefill(deployment: Deployment, section: MeasuredSteps, effort: Effort) -> float:
+    """How much longer prompts take while serving, on a worker that keeps their cache."""
+    router = msgspec.structs.replace(deployment.router, local_prefill="always")
+    bare = MeasuredStepCost(msgspec.structs.replace(section, serving=Slowdown(), step_gap_seconds=0.0))
+    with (
+        new_folder() as name,
+        ServerProcess(msgspec.structs.replace(deployment, router=router), Path(name)) as server,
+    ):
+        _loop(server, num_requests=2, concurrency=1, output=4, seed=1)
+        before = read_timeline(server.event_log).duration_seconds
+        _loop(server, num_requests=effort.single_requests, concurrency=1, output=4, seed=2)
+        steps = [step for step in read_timeline(server.event_log).steps if step.start_seconds > before]
+    return prefill_slowdown(steps, bare) or 1.0
 
 
 def _section(

@@ -42,7 +42,7 @@ def observe_serving(
     return Serving(
         message_seconds=_message_seconds(folder),
         step_gap_seconds=_gap_seconds(timeline.steps),
-        serving=_slowdown(timeline.steps, records, bare),
+        serving=_slowdown(timeline, records, bare),
         request_seconds=_front_end_seconds(timeline, records),
         links=_links(folder),
     )
@@ -99,25 +99,39 @@ def _gap_seconds(steps: Iterable[Step]) -> float:
     return median(gaps) if gaps else 0.0
 
 
-def _slowdown(steps: Sequence[Step], records: Sequence[RequestRecord], bare: MeasuredStepCost) -> Slowdown:
-    """Steps as served over steps as computed alone. One request at a time: its context is known from its lengths."""
+def _slowdown(timeline: Timeline, records: Sequence[RequestRecord], bare: MeasuredStepCost) -> Slowdown:
+    """Steps as served over steps as computed alone. One request at a time: its context is known from its lengths.
+    Prompts on prefill workers are streamed."""
     prompt = median(record.num_input_tokens for record in records)
     context = round(prompt + median(record.num_output_tokens for record in records) / 2)
-    prefills = [
+    one = bare.step_seconds(StepShape((), 1, context))
+    decodes = [
+        (step.end_seconds - step.start_seconds) / step.num_steps / one
+        for step in timeline.steps
+        if step.num_decode == 1 and not step.num_prefill_tokens
+    ]
+    streamed, local = (
+        prefill_slowdown(
+            [step for step in timeline.steps if (timeline.pools[step.worker][1] == "prefill") is streams], bare
+        )
+        for streams in (True, False)
+    )
+    prefill = local or streamed or 1.0
+    return Slowdown(
+        prefill=prefill,
+        decode=max(0.05, median(decodes)) if decodes else 1.0,
+        streaming=streamed / prefill if streamed else 1.0,
+    )
+
+
+def prefill_slowdown(steps: Iterable[Step], bare: MeasuredStepCost) -> float | None:
+    """Of steps that compute one prompt and nothing else; None if there is none."""
+    ratios = [
         (step.end_seconds - step.start_seconds) / bare.step_seconds(StepShape(((0, step.num_prefill_tokens),)))
         for step in steps
         if step.num_prefill_tokens and not step.num_decode
     ]
-    one = bare.step_seconds(StepShape((), 1, context))
-    decodes = [
-        (step.end_seconds - step.start_seconds) / step.num_steps / one
-        for step in steps
-        if step.num_decode == 1 and not step.num_prefill_tokens
-    ]
-    return Slowdown(
-        prefill=max(0.05, median(prefills)) if prefills else 1.0,
-        decode=max(0.05, median(decodes)) if decodes else 1.0,
-    )
+    return max(0.05, median(ratios)) if ratios else None
 
 
 def _front_end_seconds(timeline: Timeline, records: Sequence[RequestRecord]) -> float:
