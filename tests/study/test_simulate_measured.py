@@ -91,5 +91,5 @@ def test_an_endpoint_is_taken_by_its_own_name(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DeploymentError, match="machine.yaml"):
+    with pytest.raises(DeploymentError, match=r"machine\.yaml"):
         simulate(on("1agg", str(tmp_path / "machine.yaml")), LOAD)
