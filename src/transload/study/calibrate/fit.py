@@ -37,16 +37,18 @@ def orders(
     batches = [size for size in BATCHES if size <= max_batch][: 2 if quick else None]
     prompts = [tokens for tokens in PROMPTS if tokens <= step_tokens][: 2 if quick else None]
     found = [StepOrder(decode=(context,) * size, repeats=repeats) for size in batches for context in (SHORT, LONG)]
-    found += [StepOrder(prefill=((0, tokens),), repeats=max(2, repeats // 2)) for tokens in prompts]
+    repeats = max(2, repeats // 2)
+    for tokens in prompts:
+        found.append(StepOrder(prefill=((0, tokens),), repeats=repeats))
+        found += [  # right behind the prompt they are compared with
+            StepOrder(prefill=((0, tokens),), decode=(LONG // 2,) * size, repeats=repeats)
+            for mixed, size in MIXED[: 2 if quick else None]
+            if mixed == tokens and size <= batches[-1]
+        ]
     found += [
-        StepOrder(prefill=((start, tokens),), repeats=max(2, repeats // 2))
+        StepOrder(prefill=((start, tokens),), repeats=repeats)
         for start, tokens in LATER_CHUNKS[: 1 if quick else None]
         if tokens <= max(prompts[-1], 64)
-    ]
-    found += [
-        StepOrder(prefill=((0, tokens),), decode=(LONG // 2,) * size, repeats=max(2, repeats // 2))
-        for tokens, size in MIXED[: 2 if quick else None]
-        if tokens <= prompts[-1] and size <= batches[-1]
     ]
     spare = block_size * 96  # a block of each request may be begun only
     return [order for order in found if order.num_cached_tokens + spare <= cache_tokens]
