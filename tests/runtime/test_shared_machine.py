@@ -28,7 +28,7 @@ class HalfSpeed:
         return Work("decode")
 
     def paces(self, works: Sequence[Work]) -> list[float]:
-        return [1.0 / len(works)] * len(works)
+        return [1.0 / len(works) for _ in works]
 
     def front_end_seconds(self, _chunks: Sequence[Chunk]) -> float:
         return self._seconds

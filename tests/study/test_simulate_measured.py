@@ -41,7 +41,7 @@ def test_a_measured_machine_is_a_chip_like_any_other(topology: str, tmp_path: Pa
     assert result.summary.num_successful == 12
     assert result.summary.ttft_seconds is not None
     prompt = next(point.seconds for point in section().prefill if point.tokens == 128)
-    assert prompt < result.summary.ttft_seconds.p50 < 2 * prompt
+    assert 0.99 * prompt < result.summary.ttft_seconds.p50 < 2 * prompt
 
 
 def test_the_command_takes_it_by_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
