@@ -1,17 +1,19 @@
 """What it costs to compute feed-forwards in another process: the hop alone, and decode steps of the real model.
 
-    python benchmarks/afd.py [--out afd.json] [--steps 100] [--batches 1 8 32] [--context 128] [--micro-batches 1 2 4]
+    python benchmarks/afd.py [--out afd.json] [--steps 30] [--batches 1 8 32] [--context 128] [--micro-batches 1 2]
 
 The hop: 8 KiB there and back between two processes on two cores, through the links that serving uses, once with both
-sides spinning and once with both asleep in between. The steps: an attention worker on one core, an FFN worker on the
-other, against one worker that computes all of it on both cores, and on one. Of each step: how much of the time either
-side computed nothing (its bubble), and how much the attention side waited beyond what the FFN side's longer work
-explains (exposed hops; exact with one micro-batch). Figures are medians of rounds.
+sides spinning and once with both asleep in between; over shared memory with the compiled code and without it. The
+steps: an attention worker on one core, an FFN worker on the other, against one worker that computes all of it on both
+cores, and on one. Of each step: how much of the time either side computed nothing (its bubble), and how much the
+attention side waited beyond what the FFN side's longer work explains (exposed hops; exact with one micro-batch).
+Figures are medians of rounds. It takes some two minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import multiprocessing
 import os
@@ -34,6 +36,7 @@ from transload.deploy.plan import WorkerPlan
 from transload.deploy.resolve import resolve
 from transload.model.executor import TorchExecutor
 from transload.model.load import build_executor, build_ffn
+from transload.model.native.ring import compiled_rings
 from transload.model.source import locate
 from transload.runtime.ffn_service import FfnService
 from transload.study.provenance import machine_facts, versions
@@ -49,13 +52,15 @@ SESSION = SessionId(1)
 HOP_BYTES = 8192
 HOP_SIZES = SlotSizes(num_slots=2, call_bytes=HOP_BYTES, answer_bytes=HOP_BYTES)
 HOP_WEIGHTS = FfnWeights(weights="none", num_layers=1, hidden_size=1, dtype="float32", deterministic=False)
-ROUNDS = 5
+ROUNDS = 3
 
 
 class Hop(msgspec.Struct, kw_only=True):
     """Microseconds for a round trip."""
 
     transport: str
+    code: str
+    """Of the rings: compiled or Python."""
     waiting: str
     repeat: int
     p50: float
@@ -82,9 +87,9 @@ class Steps(msgspec.Struct, kw_only=True):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=100, help="of each round")
+    parser.add_argument("--steps", type=int, default=30, help="of each round")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--context", type=int, default=128, help="tokens of each prompt")
     parser.add_argument("--round-trips", type=int, default=20_000)
     parser.add_argument("--dtype", default="auto")
@@ -92,12 +97,16 @@ def main() -> None:
     options = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
     hops = [
-        measure_hop(transport, spins, options.round_trips, cores)
-        for transport in ("shm", "tcp")
+        measure_hop(transport, code, spins, options.round_trips, cores)
+        for transport, code in (("shm", "compiled"), ("shm", "Python"), ("tcp", "Python"))
         for spins in (True, False)
+        if code == "Python" or compiled_rings() is not None
     ]
     for hop in hops:
-        print(f"hop {hop.transport:4}{hop.waiting:9} p50 {hop.p50:7.1f} us  p99 {hop.p99:7.1f}  best {hop.best:7.1f}")
+        print(
+            f"hop {hop.transport:4}{hop.code:9}{hop.waiting:9} p50 {hop.p50:7.1f} us  p99 {hop.p99:7.1f}  "
+            f"best {hop.best:7.1f}"
+        )
     figures = measure_steps(options, cores)
     report = {
         "benchmark": "afd",
@@ -117,24 +126,27 @@ def main() -> None:
 # -- the hop ----------------------------------------------------------------------------------------------------------
 
 
-def measure_hop(transport: str, spins: bool, repeat: int, cores: Sequence[int]) -> Hop:
+def measure_hop(transport: str, code: str, spins: bool, repeat: int, cores: Sequence[int]) -> Hop:
     """Round trips of 8 KiB, each copied in and out on both sides."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=echo, args=(theirs, spins, cores[-1]), daemon=True)
+    process = context.Process(target=echo, args=(theirs, code, spins, cores[-1]), daemon=True)
     process.start()
     os.sched_setaffinity(0, {cores[0]})
     address = msgspec.msgpack.decode(ours.recv_bytes(), type=PeerAddress)
-    end, _ = dial_ffn(ATTENTION, address, transport, Opening(session=SESSION, weights=HOP_WEIGHTS, sizes=HOP_SIZES))
+    rings = compiled_rings() if code == "compiled" else None
+    opening = Opening(session=SESSION, weights=HOP_WEIGHTS, sizes=HOP_SIZES)
+    end, _ = dial_ffn(ATTENTION, address, transport, opening, rings)
     if not spins:
         repeat = max(200, repeat // 20)
-    seconds = sorted(round_trips(end, Waiter(1.0 if spins else 0.0), repeat))
+    seconds = sorted(round_trips(end, Waiter(1.0 if spins else 0.0, rings), repeat))
     end.close()
     ours.send_bytes(b"end")
     process.join(10)
     os.sched_setaffinity(0, set(cores))
     return Hop(
         transport=transport,
+        code=code,
         waiting="spinning" if spins else "asleep",
         repeat=repeat,
         p50=1e6 * seconds[len(seconds) // 2],
@@ -144,15 +156,15 @@ def measure_hop(transport: str, spins: bool, repeat: int, cores: Sequence[int]) 
 
 
 def round_trips(end: CallerEnd, waiter: Waiter, repeat: int) -> list[float]:
-    rows = os.urandom(HOP_BYTES)
+    rows = bytearray(os.urandom(HOP_BYTES))
+    address = ctypes.addressof(ctypes.c_char.from_buffer(rows))
     taken: list[float] = []
     for number in range(repeat + 100):
         frame = CallFrame(FfnRequest(CallKey(SESSION, 1, 0, 0, number), ((Piece(0), 1),)), 1)
         started = time.perf_counter()
         slot = end.reserve()
         assert slot is not None
-        end.call_buffer(slot)[:] = rows
-        end.post(slot, frame, HOP_BYTES)
+        end.post(slot, frame, HOP_BYTES, address)
         while not (arrived := end.poll()):
             waiter.wait([end], None)
         answer = bytes(arrived[0].rows)
@@ -162,14 +174,15 @@ def round_trips(end: CallerEnd, waiter: Waiter, repeat: int) -> list[float]:
     return taken[100:]
 
 
-def echo(pipe: Connection, spins: bool, core: int) -> None:
+def echo(pipe: Connection, code: str, spins: bool, core: int) -> None:
     """The other side of a hop."""
     os.sched_setaffinity(0, {core})
     ends: list[CalleeEnd] = []
-    waiter = Waiter(1.0 if spins else 0.0)
+    rings = compiled_rings() if code == "compiled" else None
+    waiter = Waiter(1.0 if spins else 0.0, rings)
 
     def greet(*caller: object) -> None:
-        ends.append(accept_ffn(FFN, *caller, Offer(weights=HOP_WEIGHTS, pieces=(Piece(0),))))  # type: ignore[arg-type]
+        ends.append(accept_ffn(FFN, *caller, Offer(weights=HOP_WEIGHTS, pieces=(Piece(0),)), rings))  # type: ignore[arg-type]
         waiter.nudge()
 
     listener = Listener(me=FFN.worker, bind_host="127.0.0.1", advertise_host=None, shares_memory=True)

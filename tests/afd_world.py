@@ -28,6 +28,7 @@ from transload.control.ffn_messages import (
     CallMade,
     CallName,
     ComputeHere,
+    DropLink,
     DropReply,
     Fallback,
     FfnAnswer,
@@ -155,6 +156,7 @@ class Attention:
         self.session = SessionId(0)
         self.steps_done = self.step_number = 0
         self.num_failures = 0
+        self.num_dropped_links = 0
         self.stalled_until = 0.0
         self.sent: dict[CallKey, _Call] = {}
         self.start_life()
@@ -285,6 +287,9 @@ class Attention:
                 self._done(name)
             case CallFailed(name):
                 self._failed(name)
+            case DropLink(worker):
+                self.num_dropped_links += 1
+                self.world.dial_again(self, worker)
 
     def _take(self, call: _Call, pieces: tuple[Piece, ...], rows: Rows) -> None:
         assert self.calls.get(call.name) is call, f"{call.name} is over, and its rows are taken"
@@ -479,6 +484,7 @@ class World:
             for worker in self.attention:
                 assert worker.is_done, f"attention-{worker.index} has stopped in step {worker.step_number}"
                 assert not worker.calls
+                assert worker.client.num_open == 0 or not worker.is_alive, "credit is never given back"
         except AssertionError as error:
             story = "\n".join(self.log[-40:])
             raise AssertionError(f"seed {self.seed} at {self.now:.6f} s: {error}\n{self.plan}\n{story}") from error
@@ -541,6 +547,23 @@ class World:
                 worker.give(FfnUp(ffn.name, self.plan.owners[ffn.index], self.plan.credit))
         session = worker.session
         self.at(self.now, lambda: worker.start_step(session))
+
+    def dial_again(self, worker: Attention, target: WorkerId) -> None:
+        """A link is ended and made anew, if there is somebody at both ends by then."""
+        ffn, session = self.ffn[int(target.removeprefix("ffn-"))], worker.session
+        life = ffn.lives
+
+        def hang_up() -> None:
+            if ffn.is_alive and ffn.lives == life:
+                ffn.give(SessionDown(session))
+                self.at(self.now + self.plan.wire_seconds, answer)
+
+        def answer() -> None:
+            if ffn.is_alive and ffn.lives == life and worker.is_alive and worker.session == session:
+                ffn.give(SessionUp(session))
+                worker.give(FfnUp(ffn.name, self.plan.owners[ffn.index], self.plan.credit))
+
+        self.at(self.now + self.plan.wire_seconds, hang_up)
 
     def _disturbance(self, what: str, whom: int) -> Callable[[], None]:
         return {

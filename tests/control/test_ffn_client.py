@@ -12,6 +12,7 @@ from transload.control.ffn_messages import (
     CallMade,
     CallName,
     ComputeHere,
+    DropLink,
     DropReply,
     Fallback,
     FfnAnswered,
@@ -263,6 +264,23 @@ def test_a_step_that_is_over_wants_no_answers_but_its_requests_keep_their_credit
         DropReply(key(1)),
         SendRequest(F0, FfnRequest(key(2, step=6), ((WHOLE, 3),))),
     ]
+
+
+def test_a_request_that_was_lost_on_the_way_gives_its_credit_back_with_its_link() -> None:
+    feed = Feed(F0, credit=1)
+    feed.call(0)
+    feed.give(TimeCame(), 1.0)
+    assert feed.give(TimeCame(), 9.0)[-1] == CallDone(call(0))  # computed here
+    assert feed.call(1) == []  # no credit
+    assert feed.client.due_at == 111.0 + 9.0 or feed.client.due_at is not None
+    commands = feed.give(TimeCame(), 9.9)
+    assert commands == []
+    (dropped, *rest) = feed.give(TimeCame(), 0.2)
+    assert isinstance(dropped, ComputeHere | DropLink)
+    assert DropLink(F0, "it has not answered a call for longer than a call may take") in (dropped, *rest)
+    assert feed.client.num_open == 0
+    assert feed.give(FfnUp(F0, frozenset({WHOLE}), 1)) == []
+    assert feed.call(2) == [SendRequest(F0, request(2, 2))]
 
 
 def test_pieces_go_to_their_owners_and_the_call_is_done_with_the_last() -> None:

@@ -46,10 +46,12 @@ def other_host() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def worker_there(host: str, join: str) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-m", "transload", "worker", "--join", join, "--name", "decode-0"]
+def worker_by_hand(join: str, name: str, host: str | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """Started on another host, or on this one."""
+    command = [sys.executable, "-m", "transload", "worker", "--join", join, "--name", name]
     environment = {**os.environ, "TRANSLOAD_JOIN_TOKEN": TOKEN}
-    worker = subprocess.Popen(["ip", "netns", "exec", host, *command], env=environment)
+    there = ["ip", "netns", "exec", host] if host is not None else []
+    worker = subprocess.Popen([*there, *command], env=environment)
     try:
         yield worker
     finally:
@@ -65,7 +67,7 @@ def test_a_worker_on_another_host_decodes_what_was_prefilled_here(
     server = LiveServer(deployment, "--set", f"server.join_host={HERE}", wait=False)
     try:
         join = server.wait_for_output(r"--join (\S+) --name decode-0").group(1)
-        with worker_there(other_host, join) as worker:
+        with worker_by_hand(join, "decode-0", other_host) as worker:
             server.wait_until_ready()
             answer = server.client.completions.create(model="default", prompt="The capital of France is", max_tokens=2)
             stages = server.get(f"/requests/{answer.id}")["choices"][0]["stages"]

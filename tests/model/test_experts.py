@@ -211,6 +211,17 @@ def test_each_row_goes_through_its_likeliest_experts(how: dict[str, Any]) -> Non
         torch.testing.assert_close(routing.weights[row], want)
 
 
+def test_a_router_counts_what_it_chooses() -> None:
+    generator = torch.Generator().manual_seed(0)
+    router = Router(
+        Linear(torch.randn(8, 16, generator=generator), None, None),
+        Experts(num_experts=8, per_token=3, intermediate_size=4),
+    )
+    chosen = torch.cat([router(torch.randn(rows, 16, generator=generator)).ids.reshape(-1) for rows in (1, 50)])
+    assert router.num_chosen is not None
+    assert router.num_chosen.tolist() == torch.bincount(chosen, minlength=8).tolist()
+
+
 def test_slots_are_grouped_by_expert_in_the_order_of_rows() -> None:
     groups = Groups(torch.tensor([[3, 0], [0, 5], [3, 5]]))
     assert groups.pieces == ((0, 2), (3, 2), (5, 2))

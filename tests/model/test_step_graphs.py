@@ -35,7 +35,7 @@ def test_a_padded_batch_gives_its_own_rows_the_same_logits() -> None:
     builder, attention = made.executor._batches, made.executor._model.attention
     with torch.inference_mode():
         own, more = (
-            attention.logits(made.executor._run_layers([builder.build(each, step=1)], None)[0])
+            attention.logits(made.executor._run_layers(1, [attention.run(builder.build(each, step=1))], None)[0])
             for each in (chunks, padded)
         )
     torch.testing.assert_close(more[:5], own, atol=1e-4, rtol=1e-4)

@@ -7,11 +7,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.control.feeding import D0, P0, a_request
 from transload.control.controller import Controller, ControllerConfig
-from transload.control.messages import KvVerified
+from transload.control.messages import KvVerified, WorkerId
 from transload.control.rates import LinkRate
 from transload.control.tracking import Tracked
 from transload.server.feed import MetricsFeed
+from transload.server.ffn_feed import FfnFeed
 from transload.server.metrics import Metrics
+from transload.transfer.ffn_times import HOP_BOUNDS
 
 
 def samples(metrics: Metrics) -> dict[tuple[object, ...], float]:
@@ -51,6 +53,38 @@ def test_what_the_runtime_observes_is_exposed() -> None:
     assert got["transload_workers_up", ("pool", "prefill")] == 1
     assert got["transload_worker_restarts_total", ("worker", "prefill-0")] == 1
     assert got["transload_preemptions_total", worker] == 1
+
+
+def test_feed_forward_calls_are_counted_from_the_totals_of_workers() -> None:
+    metrics = Metrics()
+    feed = FfnFeed(metrics)
+    a0, f0 = WorkerId("decode-0"), WorkerId("ffn-0")
+    hops = [0] * (len(HOP_BOUNDS) + 1)
+    hops[0], hops[2] = 3, 4
+    totals = {"calls": 10.0, "rows": 40.0, "exposed_seconds": 0.5, "hop_seconds": 0.01, "computed_here": 1.0}
+    feed(a0, totals, hops)
+    hops[0] += 2
+    feed(a0, {**totals, "calls": 16.0, "hop_seconds": 0.02}, hops)
+    feed(f0, {"rows": 40.0, "busy_seconds": 1.0, "up_seconds": 10.0}, ())
+    feed(f0, {"rows": 50.0, "busy_seconds": 1.25, "up_seconds": 11.0}, ())
+    got = samples(metrics)
+    of_a0, of_f0 = ("worker", "decode-0"), ("worker", "ffn-0")
+    assert got["transload_ffn_calls_total", of_a0] == 16
+    assert got["transload_ffn_rows_total", of_a0] == 40
+    assert got["transload_ffn_fallbacks_total", of_a0] == 1
+    assert got["transload_ffn_exposed_seconds_total", of_a0] == 0.5
+    assert got["transload_ffn_hop_seconds_bucket", ("le", str(HOP_BOUNDS[0]))] == 5
+    assert got["transload_ffn_hop_seconds_bucket", ("le", str(HOP_BOUNDS[2]))] == 9
+    assert got[("transload_ffn_hop_seconds_count",)] == 9
+    assert got[("transload_ffn_hop_seconds_sum",)] == 0.02
+    assert got["transload_ffn_busy_share", of_f0] == 0.25
+    assert got["transload_ffn_busy_seconds_total", of_f0] == 1.25
+    feed(a0, {**totals, "calls": 2.0, "hop_seconds": 0.001}, [1, *[0] * len(HOP_BOUNDS)])  # a new process
+    feed(f0, {"rows": 5.0, "busy_seconds": 0.5, "up_seconds": 1.0}, ())
+    got = samples(metrics)
+    assert got["transload_ffn_calls_total", of_a0] == 18
+    assert got[("transload_ffn_hop_seconds_count",)] == 10
+    assert got["transload_ffn_computed_rows_total", of_f0] == 55
 
 
 def test_histogram_buckets_are_cumulative_and_values_beyond_them_are_counted() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import struct
@@ -14,6 +15,7 @@ import pytest
 from transload.control.ffn_messages import CallKey, FfnBusy, FfnReply, FfnRequest, Piece, SessionId
 from transload.control.messages import WorkerId
 from transload.errors import HandoffError
+from transload.model.native.ring import compiled_rings
 from transload.transfer.ffn_callers import CallerGone, CallerUp, FfnCallers
 from transload.transfer.ffn_link import ArrivedAnswer, ArrivedCall, CalleeEnd, CallerEnd, CallFrame, SlotSizes
 from transload.transfer.ffn_meeting import PROTOCOL, FfnWeights, Offer, Opening, Party, accept_ffn, dial_ffn
@@ -31,11 +33,15 @@ def frame(sequence: int, layer: int = 0) -> CallFrame:
     return CallFrame(FfnRequest(CallKey(SESSION, 1, layer, 0, sequence), ((Piece(0), 2),)), 2)
 
 
-def ring() -> tuple[CallerEnd, CalleeEnd]:
+def ring(code: str = "Python") -> tuple[CallerEnd, CalleeEnd]:
+    """`code`: Python, compiled, or the caller's compiled alone."""
+    if code != "Python" and compiled_rings() is None:
+        pytest.skip("no C compiler here")
     ours, theirs = socket.socketpair()
     fd = create_memory(SIZES)
-    caller = RingCaller(WorkerId("ffn-0"), RingMemory(os.dup(fd), SIZES), ours)
-    return caller, RingCallee(SESSION, RingMemory(fd, SIZES), theirs)
+    kernels = compiled_rings() if code != "Python" else None
+    caller = RingCaller(WorkerId("ffn-0"), RingMemory(os.dup(fd), SIZES), ours, kernels)
+    return caller, RingCallee(SESSION, RingMemory(fd, SIZES), theirs, kernels if code == "compiled" else None)
 
 
 class FfnWorker:
@@ -92,10 +98,10 @@ def worker() -> Iterator[FfnWorker]:
     worker.close()
 
 
-@pytest.fixture(params=["ring", "shm", "tcp"])
+@pytest.fixture(params=["Python", "compiled", "caller compiled", "shm", "tcp"])
 def ends(request: pytest.FixtureRequest, worker: FfnWorker) -> Iterator[tuple[CallerEnd, CalleeEnd]]:
-    if request.param == "ring":
-        caller, callee = ring()
+    if request.param not in ("shm", "tcp"):
+        caller, callee = ring(request.param)
     else:
         caller, pieces = dial_ffn(attention(), worker.address, request.param, opening())
         assert pieces == {Piece(0)}
@@ -164,7 +170,7 @@ def test_answers_come_in_any_order_and_an_answer_may_have_no_rows(ends: tuple[Ca
 
 def test_a_sleeping_end_is_woken_by_a_call_an_answer_and_a_nudge(ends: tuple[CallerEnd, CalleeEnd]) -> None:
     caller, callee = ends
-    waiter = Waiter(0.0)  # never spins
+    waiter = Waiter(0.0, compiled_rings())  # never spins
     echo_waiter = Waiter(0.0)
 
     def echo() -> None:
@@ -188,6 +194,30 @@ def test_a_sleeping_end_is_woken_by_a_call_an_answer_and_a_nudge(ends: tuple[Cal
     assert waiter.wait([caller], time.monotonic() + 20)
     waiter.close()
     echo_waiter.close()
+
+
+def test_rows_may_come_from_memory_of_the_callers_own(ends: tuple[CallerEnd, CalleeEnd]) -> None:
+    caller, callee = ends
+    rows = bytearray(os.urandom(5000))
+    slot = caller.reserve()
+    assert slot is not None
+    caller.post(slot, frame(1), len(rows), ctypes.addressof(ctypes.c_char.from_buffer(rows)))
+    (call,) = calls(callee)
+    assert bytes(call.rows) == rows
+
+
+def test_a_spinning_end_finds_what_comes_and_stops_when_nothing_does(ends: tuple[CallerEnd, CalleeEnd]) -> None:
+    caller, callee = ends
+    rings = [end.compiled_ring for end in ends]
+    waiter = Waiter(30.0, compiled_rings() if None not in rings else None)
+    timer = threading.Timer(0.02, post, [caller, 1, b"x"])
+    timer.start()
+    assert waiter.wait([callee, caller], time.monotonic() + 20)
+    assert (waiter.num_spins, waiter.num_sleeps) == (1, 0)
+    assert len(callee.poll()) == 1
+    timer.join()
+    assert not waiter.wait([callee], time.monotonic() + 0.003)
+    waiter.close()
 
 
 def test_a_wait_ends_when_it_is_due(ends: tuple[CallerEnd, CalleeEnd]) -> None:
@@ -254,8 +284,11 @@ def test_sizes_that_nobody_needs_are_refused(worker: FfnWorker) -> None:
         ({0: 1, 64: 0, 65: 10, 66: 0}, "cannot be read"),
     ],
 )
-def test_what_a_peer_writes_into_the_ring_is_checked_before_it_is_used(words: dict[int, int], complaint: str) -> None:
-    caller, callee = ring()
+@pytest.mark.parametrize("code", ["Python", "compiled"])
+def test_what_a_peer_writes_into_the_ring_is_checked_before_it_is_used(
+    code: str, words: dict[int, int], complaint: str
+) -> None:
+    caller, callee = ring(code)
     assert isinstance(caller, RingCaller)
     for place, value in words.items():
         caller._memory.words[place] = value
@@ -265,8 +298,9 @@ def test_what_a_peer_writes_into_the_ring_is_checked_before_it_is_used(words: di
     callee.close()
 
 
-def test_a_slot_is_not_used_twice_at_once() -> None:
-    caller, callee = ring()
+@pytest.mark.parametrize("code", ["Python", "compiled"])
+def test_a_slot_is_not_used_twice_at_once(code: str) -> None:
+    caller, callee = ring(code)
     slot = post(caller, 1, b"x")
     caller.post(slot, frame(2), 1)
     with pytest.raises(HandoffError, match="holds a call already"):

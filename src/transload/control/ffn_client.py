@@ -6,6 +6,7 @@ every later answer is dropped, because all of them are the same function of the 
     CallMade -> SendRequest to an owner of each piece -> TakeReply ... -> CallDone
                 late: to another owner as well; owner gone or busy: to another owner
                 no owner, or no answer in time: ComputeHere (fallback "local") or CallFailed
+                no answer for as long as a call may take: DropLink, because what was lost would hold credit for ever
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transload.control.ffn_messages import (
     CallMade,
     CallName,
     ComputeHere,
+    DropLink,
     DropReply,
     Fallback,
     FfnAnswer,
@@ -41,6 +43,8 @@ from transload.control.ffn_messages import (
 )
 from transload.control.messages import WorkerId
 
+LOST_AFTER = 2.0
+"""How many deadlines after it was sent a request is taken for lost."""
 MAX_PATIENCE = 8.0
 """How many times its first timeout an attempt may wait after several that nobody answered."""
 
@@ -90,18 +94,23 @@ class _Owner:
         self.suspect_until = 0.0  # it was late: others first
         self.busy_until = 0.0  # it said so: nothing before
 
+    @property
+    def oldest(self) -> _Attempt | None:
+        return next(iter(self.open.values()), None)
+
 
 class _Attempt:
     """A request that is under way."""
 
-    __slots__ = ("call", "due_at", "is_late", "num_rows", "owner", "request")
+    __slots__ = ("call", "due_at", "is_late", "lost_at", "num_rows", "owner", "request")
 
-    def __init__(self, call: _Call, owner: _Owner, request: FfnRequest, due_at: float) -> None:
+    def __init__(self, call: _Call, owner: _Owner, request: FfnRequest, due_at: float, lost_at: float) -> None:
         self.call = call
         self.owner = owner
         self.request = request
-        self.num_rows = sum(rows for _, rows in request.pieces)
+        self.num_rows = sum([rows for _, rows in request.pieces])
         self.due_at = due_at
+        self.lost_at = lost_at  # then it, or its answer, is taken for lost
         self.is_late = False
 
 
@@ -140,12 +149,18 @@ class FfnClient:
             due.append(call.give_up_at)
             if call.unsent:
                 due += [owner.busy_until for owner in self._owners.values() if owner.busy_until > self._now]
+        due += [oldest.lost_at for owner in self._owners.values() if (oldest := owner.oldest) is not None]
         return min(due, default=None)
 
     @property
     def workers(self) -> tuple[WorkerId, ...]:
         """Who can be called now."""
         return tuple(self._owners)
+
+    @property
+    def num_open(self) -> int:
+        """Requests that hold credit."""
+        return sum(len(owner.open) for owner in self._owners.values())
 
     @property
     def owned(self) -> list[frozenset[Piece]]:
@@ -245,7 +260,8 @@ class FfnClient:
         key = CallKey(self.config.session, name.step, name.layer, name.micro_batch, self._sequence)
         request = FfnRequest(key, tuple((piece, call.missing[piece]) for piece in pieces))
         patience = min(MAX_PATIENCE, 2.0**call.num_timeouts) * self.config.timeout_seconds
-        attempt = _Attempt(call, owner, request, self._now + patience)
+        lost_at = self._now + max(LOST_AFTER * self.config.deadline_seconds, 2.0 * patience)
+        attempt = _Attempt(call, owner, request, self._now + patience, lost_at)
         call.attempts[self._sequence] = owner.open[self._sequence] = attempt
         call.unsent.difference_update(pieces)
         owner.num_rows += attempt.num_rows
@@ -356,6 +372,10 @@ class FfnClient:
                     self._too_late(call, attempt)
             if call.unsent and self._calls.get(call.name) is call:
                 self._dispatch(call)
+        for owner in list(self._owners.values()):
+            if (oldest := owner.oldest) is not None and oldest.lost_at <= self._now:
+                self._out.append(DropLink(owner.name, "it has not answered a call for longer than a call may take"))
+                self._down(owner.name)
 
     def _give_up(self, call: _Call) -> None:
         waited = f"no FFN worker has answered for {self.config.deadline_seconds:g} s"

@@ -54,6 +54,8 @@ class FfnReply(Message, frozen=True):
     """FFN -> attention: all pieces of the request; the rows travel beside it."""
 
     key: CallKey
+    seconds: float = 0.0
+    """How long the request was with the FFN worker, waiting and being computed."""
 
 
 class FfnBusy(Message, frozen=True):
@@ -160,7 +162,14 @@ class CallFailed(Message, frozen=True):
     reason: str
 
 
-FfnClientCommand = SendRequest | TakeReply | DropReply | ComputeHere | CallDone | CallFailed
+class DropLink(Message, frozen=True):
+    """The link is up and has lost a message: end it, and make a new one. The worker counts as down until it is up."""
+
+    worker: WorkerId
+    reason: str
+
+
+FfnClientCommand = SendRequest | TakeReply | DropReply | ComputeHere | CallDone | CallFailed | DropLink
 
 
 # -- events and commands of the server --------------------------------------------------------------------------------

@@ -60,6 +60,8 @@ class FfnShare(msgspec.Struct, frozen=True, kw_only=True):
     num_parts: int
     num_replicas: int
     """Of a mixture: copies of experts beside one of each, in each layer. All of them where workers are replicas."""
+    loads: tuple[tuple[int, ...], ...] | None = None
+    """Of a mixture: how often each layer's experts were chosen so far; None: nobody knows."""
     max_wait_seconds: float
     max_rows: int
     """Rows of one call, at most: what an attention worker may compute in one step."""

@@ -13,10 +13,11 @@ from time import perf_counter
 import torch
 
 from transload.control.messages import Chunk, Request, RunStep, Sampled, StepDone
-from transload.model.batch import Batch, BatchBuilder
+from transload.model.batch import BatchBuilder
 from transload.model.kv_cache import KvCache
 from transload.model.layer_driver import LayerDriver, LayerReports, LocalDriver, cut
-from transload.model.llama import LlamaModel
+from transload.model.llama import LayerCalls, LlamaModel
+from transload.model.native.attention import NativeAttention
 from transload.model.native.runner import NativeRunner
 from transload.model.rope import RotaryEmbedding
 from transload.model.sampler import Sampler
@@ -71,6 +72,7 @@ class TorchExecutor:
         self._sampler = Sampler()
         self._driver: LayerDriver = driver or LocalDriver(model.feed_forwards)
         self._native: NativeRunner | None = None
+        self._attention: NativeAttention | None = None
         self._graphs: StepGraphs | None = None
         self._find_short_cuts()
 
@@ -115,11 +117,17 @@ class TorchExecutor:
                     self._graphs.logits(self._batches.build((chunk,) * num_rows, step=0))
 
     def _find_short_cuts(self) -> None:
-        """Ways to compute steps faster than layer by layer, if the whole model is here."""
+        """Ways to compute steps faster than through torch, layer by layer: all of them at once if the whole model is
+        here, else its attention side."""
         is_whole = (
             isinstance(self._driver, LocalDriver) and len(self._model.feed_forwards) == self._model.arch.num_layers
         )
         self._native = NativeRunner.of(self._model, self._cache, self._threads) if is_whole else None
+        self._attention = (
+            NativeAttention.of(self._model, self._cache, self._threads, self._driver.num_micro_batches)
+            if self._native is None
+            else None
+        )
         self._graphs = StepGraphs(self._model) if is_whole and StepGraphs.suits(self._model) else None
 
     @torch.inference_mode()
@@ -155,23 +163,32 @@ class TorchExecutor:
         if self._graphs is not None and self._graphs.takes(step.chunks):
             batch = self._batches.build(self._graphs.padded(step.chunks), step=step.step)
             return self._graphs.logits(batch)[: len(step.chunks)]
-        batches = [self._batches.build(part, step=step.step, micro_batch=n) for n, part in enumerate(parts)]
-        residuals = self._run_layers(batches, report)
+        if self._attention is not None:
+            native = self._attention
+            laid_out = [native.lay_out(part, step=step.step, micro_batch=n) for n, part in enumerate(parts)]
+            calls = [native.run(one) for one in laid_out]
+        else:
+            batches = [self._batches.build(part, step=step.step, micro_batch=n) for n, part in enumerate(parts)]
+            calls = [self._model.attention.run(batch) for batch in batches]
+        residuals = self._run_layers(step.step, calls, report)
         residual_RE = torch.cat(residuals) if len(residuals) > 1 else residuals[0]
+        if self._attention is not None:
+            return self._attention.logits(residual_RE)
         return self._model.attention.logits(residual_RE) if len(residual_RE) else residual_RE
 
-    def _run_layers(self, batches: Sequence[Batch], report: Callable[[int, int], None] | None) -> list[torch.Tensor]:
-        """The residuals [R, E] of the rows that draw a token, by batch."""
-        attention = self._model.attention
+    def _run_layers(
+        self, step: int, batches: Sequence[LayerCalls], report: Callable[[int, int], None] | None
+    ) -> list[torch.Tensor]:
+        """The residuals [R, E] of the rows that draw a token, by micro-batch."""
         if report is None:
-            return self._driver.run(attention, batches, _nobody_waits)
+            return self._driver.run(step, batches, _nobody_waits)
 
         def layers_written(layer_lo: int, layer_hi: int) -> None:
             self._wait_for_device()
             report(layer_lo, layer_hi)
 
-        reports = LayerReports(attention.num_layers, len(batches), self._layers_per_frame, layers_written)
-        residuals = self._driver.run(attention, batches, reports.written)
+        reports = LayerReports(self._model.attention.num_layers, len(batches), self._layers_per_frame, layers_written)
+        residuals = self._driver.run(step, batches, reports.written)
         reports.end()
         return residuals
 

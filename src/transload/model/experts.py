@@ -37,16 +37,25 @@ class Routing:
 
 
 class Router:
-    """Chooses the experts of each row."""
+    """Chooses the experts of each row, and counts how often it has chosen which."""
 
-    __slots__ = ("_experts", "_gate")
+    __slots__ = ("_experts", "_gate", "num_chosen")
 
     def __init__(self, gate: Linear, experts: Experts) -> None:
         """`gate` [num_experts, E]."""
         self._gate = gate
         self._experts = experts
+        self.num_chosen: torch.Tensor | None = None  # int64 [num_experts]
 
     def __call__(self, hidden_TE: torch.Tensor) -> Routing:
+        routing = self._choose(hidden_TE)
+        ids_S = routing.ids.reshape(-1)
+        if self.num_chosen is None:
+            self.num_chosen = ids_S.new_zeros(self._experts.num_experts)
+        self.num_chosen.scatter_add_(0, ids_S, torch.ones_like(ids_S))
+        return routing
+
+    def _choose(self, hidden_TE: torch.Tensor) -> Routing:
         scores_TX = self._gate(hidden_TE).float()
         if self._experts.scores == "chosen":
             logits_Tk, ids_Tk = scores_TX.topk(self._experts.per_token, -1)

@@ -134,7 +134,9 @@ def pieces_of(share: FfnShare, arch: ModelArch) -> frozenset[Piece]:
     """What an FFN worker owns."""
     if arch.experts is None:
         return frozenset({Piece(share.part if share.split == "column" else 0)})
-    experts = build_expert_map(num_experts_by_layer(arch), share.num_parts, num_replicas=share.num_replicas)
+    experts = build_expert_map(
+        num_experts_by_layer(arch), share.num_parts, loads=share.loads, num_replicas=share.num_replicas
+    )
     stride = piece_stride(arch)
     worker = share.part
     return frozenset(

@@ -31,6 +31,7 @@ from transload.model.freeing import give_back_memory
 from transload.model.inventory import expert_of, is_feed_forward, layer_of
 from transload.model.layer_driver import LocalDriver
 from transload.model.llama import FeedForwardLayer, LlamaModel
+from transload.model.native.ring import compiled_rings
 from transload.model.remote_driver import RemoteDriver
 from transload.model.source import ModelFiles
 from transload.transfer.ffn_callers import HopReport
@@ -81,6 +82,7 @@ class TorchFfnSource:
             load_pieces=lambda pieces: load_pieces(self._plan, self._files, pieces, _num_columns(hop)),
             report=report,
             spin_seconds=self._plan.spin_seconds,
+            rings=compiled_rings(),
         )
 
     def connect(self, address: PeerAddress, transport: str) -> None:
@@ -115,11 +117,21 @@ class TorchFfnSource:
             return {}
         hop, client = remote.counts, remote.client.counts
         return {
+            "hop_seconds": remote.hops.seconds,
             **{name: getattr(hop, name) for name in hop.__struct_fields__},
             **{name: getattr(client, name) for name in client.__struct_fields__},
             "workers": len(remote.client.workers),
             "holds_weights": float(remote.holds_weights),
         }
+
+    def loads(self) -> tuple[tuple[int, ...], ...]:
+        if self._files.arch.experts is None:
+            return ()
+        found = tuple(tuple(layer.num_chosen) for layer in self._model.attention.layers)
+        return found if all(found) else ()
+
+    def hops(self) -> tuple[int, ...]:
+        return tuple(self._remote.hops.counts) if self._remote is not None else ()
 
     def close(self) -> None:
         if self._remote is not None:
@@ -150,7 +162,8 @@ def build_side(plan: WorkerPlan, files: ModelFiles) -> FfnSide:
     pieces = pieces_of(share, files.arch)
     functions = load_pieces(plan, files, pieces, share.num_parts if share.split == "column" else 1)
     dtype: torch.dtype = getattr(torch, plan.dtype)
-    return FfnSide(functions, ffn_weights(plan, files), pieces, dtype, torch.device(plan.device))
+    device = torch.device(plan.device)
+    return FfnSide(functions, ffn_weights(plan, files), pieces, dtype, device, plan.threads)
 
 
 def load_pieces(plan: WorkerPlan, files: ModelFiles, pieces: frozenset[Piece], num_columns: int) -> PieceFunctions:

@@ -13,8 +13,7 @@ from typing import Protocol
 import torch
 
 from transload.control.messages import Chunk
-from transload.model.batch import Batch
-from transload.model.llama import AttentionSide, FeedForwardLayer, FfnCall
+from transload.model.llama import FeedForwardLayer, FfnCall, LayerCalls
 
 _FIXED_COST = 1024
 """What a row costs beside its attention, in cached tokens that attention reads: only balance depends on it."""
@@ -28,11 +27,9 @@ class LayerDriver(Protocol):
         """Into how many parts a step is best cut."""
         ...
 
-    def run(
-        self, attention: AttentionSide, batches: Sequence[Batch], written: Callable[[int, int], None]
-    ) -> list[torch.Tensor]:
-        """Each batch's residual [R, E] of the rows that draw a token. `written(place of the batch, layer)` is called
-        when the keys and values of a layer are in the cache."""
+    def run(self, step: int, batches: Sequence[LayerCalls], written: Callable[[int, int], None]) -> list[torch.Tensor]:
+        """Each micro-batch's residual [R, E] of the rows that draw a token, from the calls that it makes.
+        `written(place of the batch, layer)` is called when the keys and values of a layer are in the cache."""
         ...
 
 
@@ -44,18 +41,13 @@ class LocalDriver:
     def __init__(self, feed_forwards: Sequence[FeedForwardLayer]) -> None:
         self.feed_forwards = feed_forwards
 
-    def run(
-        self, attention: AttentionSide, batches: Sequence[Batch], written: Callable[[int, int], None]
-    ) -> list[torch.Tensor]:
-        return [self._run_one(attention, batch, place, written) for place, batch in enumerate(batches)]
+    def run(self, _step: int, batches: Sequence[LayerCalls], written: Callable[[int, int], None]) -> list[torch.Tensor]:
+        return [self._run_one(calls, place, written) for place, calls in enumerate(batches)]
 
     def answer(self, call: FfnCall) -> torch.Tensor:
         return self.feed_forwards[call.layer](call.hidden, call.routing)
 
-    def _run_one(
-        self, attention: AttentionSide, batch: Batch, place: int, written: Callable[[int, int], None]
-    ) -> torch.Tensor:
-        calls = attention.run(batch)
+    def _run_one(self, calls: LayerCalls, place: int, written: Callable[[int, int], None]) -> torch.Tensor:
         try:
             call = next(calls)
             while True:

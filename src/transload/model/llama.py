@@ -140,6 +140,14 @@ class AttentionLayer:
         """Which experts the normed rows go through; None if the layer's feed-forward is a plain one."""
         return self._router(hidden_TE) if self._router is not None else None
 
+    @property
+    def num_chosen(self) -> list[int]:
+        """How often each expert of its mixture was chosen so far, empty if none was; one number for a plain layer."""
+        if self._router is None:
+            return [0]
+        chosen = self._router.num_chosen
+        return chosen.tolist() if chosen is not None else []
+
 
 Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Gate and up [T, I] to what goes down [T, I]."""
@@ -162,9 +170,10 @@ class FeedForward:
         return self._gate_up, self._down
 
     @property
-    def is_plain(self) -> bool:
-        """Whether its activation is silu(gate) * up."""
-        return self._activation is swiglu
+    def is_native(self) -> bool:
+        """Whether our own kernels can compute it in one go: packed, and its activation is silu(gate) * up."""
+        gate_up, down = self._gate_up.packed, self._down.packed
+        return self._activation is swiglu and down is not None and gate_up is not None and gate_up.struct.split > 0
 
     def __call__(self, hidden_TE: torch.Tensor, _routing: Routing | None = None) -> torch.Tensor:
         gate_TI, up_TI = self._gate_up(hidden_TE).chunk(2, -1)

@@ -23,6 +23,7 @@ from transload.control.ffn_messages import (
     CallMade,
     CallName,
     ComputeHere,
+    DropLink,
     DropReply,
     FfnAnswered,
     FfnClientCommand,
@@ -39,15 +40,18 @@ from transload.control.ffn_messages import (
 )
 from transload.control.messages import WorkerId
 from transload.errors import HandoffError, WorkerLost
-from transload.model.batch import Batch
 from transload.model.ffn_pieces import CutCall, Cutter, PieceFunctions, compute_pieces
 from transload.model.freeing import give_back_memory
-from transload.model.llama import AttentionSide, LayerCalls
+from transload.model.llama import LayerCalls
 from transload.transfer.ffn_callers import CallerUp, FfnCallers, HopReport
+from transload.transfer.ffn_kernels import RingKernels
 from transload.transfer.ffn_link import ArrivedAnswer, CallerEnd, CallFrame, SlotSizes
 from transload.transfer.ffn_meeting import FfnWeights, Opening, Party
+from transload.transfer.ffn_times import HopTimes
 from transload.transfer.ffn_waiting import Waiter
 
+FEW_ROWS = 64
+"""Answers with up to so many rows are kept as views."""
 LoadPieces = Callable[[frozenset[Piece]], PieceFunctions]
 """Loads the weights of these pieces, in all layers that have them."""
 
@@ -56,6 +60,8 @@ class HopCounts(msgspec.Struct):
     """Where the time of steps went, in seconds, since the start."""
 
     steps: int = 0
+    rows: int = 0
+    """That were sent."""
     step_seconds: float = 0.0
     exposed_seconds: float = 0.0
     """Waited for answers with nothing else to compute."""
@@ -65,16 +71,44 @@ class HopCounts(msgspec.Struct):
 class _Peer:
     """A link's slots as tensors."""
 
-    def __init__(self, end: CallerEnd, dtype: torch.dtype) -> None:
+    def __init__(self, end: CallerEnd, hidden_size: int, dtype: torch.dtype) -> None:
         slots = range(end.sizes.num_slots)
         self.end = end
-        self.calls = [torch.frombuffer(_whole(end.call_buffer(slot), dtype), dtype=dtype) for slot in slots]
-        self.answers = [torch.frombuffer(_whole(end.answer_buffer(slot), dtype), dtype=dtype) for slot in slots]
+        self._hidden_size = hidden_size
+        self._calls = [torch.frombuffer(_whole(end.call_buffer(slot), dtype), dtype=dtype) for slot in slots]
+        self._answers = [torch.frombuffer(_whole(end.answer_buffer(slot), dtype), dtype=dtype) for slot in slots]
+        self._few_rows: dict[tuple[int, int], torch.Tensor] = {}  # a view costs as much as the rest of a short answer
 
-    def put_index(self, slot: int, offset: int, index_P: torch.Tensor) -> None:
-        """Write which rows the pieces take, after the rows."""
-        raw = self.end.call_buffer(slot)[offset : offset + index_P.numel() * index_P.itemsize]
-        torch.frombuffer(raw, dtype=index_P.dtype).copy_(index_P)
+    def send(self, request: FfnRequest, rows_RE: torch.Tensor, index_P: torch.Tensor | None) -> None:
+        """In a free slot; the index, which rows the pieces take, after the rows."""
+        slot = self.end.reserve()
+        assert slot is not None, "the client keeps to the credit, which is the number of slots"
+        num_bytes = rows_RE.numel() * rows_RE.itemsize
+        frame = CallFrame(request, len(rows_RE))
+        if index_P is None and rows_RE.is_cpu and rows_RE.is_contiguous():
+            self.end.post(slot, frame, num_bytes, rows_RE.data_ptr())
+            return
+        self._calls[slot][: rows_RE.numel()].view(rows_RE.shape).copy_(rows_RE)
+        if index_P is not None:
+            index_bytes = index_P.numel() * index_P.itemsize
+            raw = self.end.call_buffer(slot)[num_bytes : num_bytes + index_bytes]
+            torch.frombuffer(raw, dtype=index_P.dtype).copy_(index_P)
+            num_bytes += index_bytes
+        self.end.post(slot, frame, num_bytes)
+
+    def answer(self, slot: int, num_rows: int) -> torch.Tensor:
+        """The first rows [num_rows, E] of what a slot was answered."""
+        rows_RE = self._few_rows.get((slot, num_rows))
+        if rows_RE is None:
+            rows_RE = self._answers[slot][: num_rows * self._hidden_size].view(num_rows, self._hidden_size)
+            if num_rows <= FEW_ROWS:
+                self._few_rows[slot, num_rows] = rows_RE
+        return rows_RE
+
+    def close(self) -> None:
+        for tensors in (self._calls, self._answers, self._few_rows):
+            tensors.clear()
+        self.end.close()
 
 
 class _Lane:
@@ -107,10 +141,13 @@ class RemoteDriver:
         load_pieces: LoadPieces,
         report: HopReport,
         spin_seconds: float,
+        rings: RingKernels | None = None,
     ) -> None:
         self.num_micro_batches = num_micro_batches
         self.counts = HopCounts()
+        self.hops = HopTimes()
         self._hidden_size = weights.hidden_size
+        self._row_bytes = weights.hidden_size * dtype.itemsize
         self._dtype = dtype
         self._device = device
         self._cutter = cutter
@@ -118,13 +155,14 @@ class RemoteDriver:
         self._load_pieces = load_pieces
         self._own: dict[tuple[int, Piece], Callable[[torch.Tensor], torch.Tensor]] = {}
         self._client = FfnClient(client)
-        self._waiter = Waiter(spin_seconds)
+        self._waiter = Waiter(spin_seconds, rings)
         opening = Opening(session=client.session, weights=weights, sizes=sizes)
-        self._callers = FfnCallers(me, opening, report, self._waiter.nudge)
+        self._callers = FfnCallers(me, opening, report, self._waiter.nudge, rings)
         self._peers: dict[WorkerId, _Peer] = {}
         self._lanes: dict[CallName, _Lane] = {}
         self._ready: deque[_Lane] = deque()
-        self._sent: dict[int, FfnRequest] = {}  # by sequence: what is not answered, whoever still wants it
+        self._sent: dict[int, tuple[FfnRequest, float]] = {}  # by sequence: not answered, and when it was sent
+        self._waited = False  # for the answers that are taken now
         self._failure: str | None = None
         self._timeout_seconds = client.timeout_seconds
         self.connect = self._callers.connect
@@ -148,20 +186,17 @@ class RemoteDriver:
         """End every link. Not while a step runs."""
         self._callers.close()
         for peer in self._peers.values():
-            peer.end.close()
+            peer.close()
         self._peers.clear()
         self._waiter.close()
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
-    def run(
-        self, attention: AttentionSide, batches: Sequence[Batch], written: Callable[[int, int], None]
-    ) -> list[torch.Tensor]:
+    def run(self, step: int, batches: Sequence[LayerCalls], written: Callable[[int, int], None]) -> list[torch.Tensor]:
         """See `LayerDriver`. Raises `WorkerLost` if a call is not answered and may not be computed here."""
         started = time.monotonic()
         self._look_after_links(started)
-        lanes = [_Lane(place, attention.run(batch)) for place, batch in enumerate(batches)]
-        step = batches[0].step
+        lanes = [_Lane(place, calls) for place, calls in enumerate(batches)]
         try:
             for lane in lanes:
                 self._advance(lane, None, written)
@@ -208,7 +243,8 @@ class RemoteDriver:
         """Wait until something has come, and take it in. Lanes whose call is done go on at once: their rows lie in a
         slot that is given back right after."""
         ends = [peer.end for peer in self._peers.values()]
-        if not any(end.has_news() for end in ends):
+        self._waited = not any(end.has_news() for end in ends)
+        if self._waited:
             self._wait(ends)
         for peer in list(self._peers.values()):
             try:
@@ -225,11 +261,15 @@ class RemoteDriver:
 
     def _check(self, peer: _Peer, arrived: ArrivedAnswer) -> None:
         """Raises `HandoffError` if a reply has not the rows that it must have."""
-        request = self._sent.pop(arrived.answer.key.sequence, None)
-        if request is None or not isinstance(arrived.answer, FfnReply):
+        answer = arrived.answer
+        sent = self._sent.pop(answer.key.sequence, None)
+        if sent is None or not isinstance(answer, FfnReply):
             return
-        num_rows = sum(rows for _, rows in request.pieces)
-        if len(arrived.rows) != num_rows * self._hidden_size * self._dtype.itemsize:
+        request, sent_at = sent
+        if self._waited:
+            self.hops.add(max(0.0, time.monotonic() - sent_at - answer.seconds))
+        num_rows = num_rows_of(request)
+        if len(arrived.rows) != num_rows * self._row_bytes:
             raise HandoffError(f"{peer.end.worker} has answered {len(arrived.rows)} bytes for {num_rows} rows")
 
     def _wait(self, ends: list[CallerEnd]) -> None:
@@ -258,29 +298,28 @@ class RemoteDriver:
                     self._compute_here(command)
                 case CallFailed(_, reason):
                     self._failure = reason
+                case DropLink(worker, reason):
+                    self._peers.pop(worker).close()
+                    self._callers.lost(worker, reason)
 
     def _send(self, peer: _Peer, request: FfnRequest) -> None:
         cut = self._cut_for(request)
-        slot = peer.end.reserve()
-        assert slot is not None, "the client keeps to the credit, which is the number of slots"
-        self._sent[request.key.sequence] = request
         rows_RE, index_P = cut.rows([piece for piece, _ in request.pieces])
-        peer.calls[slot][: rows_RE.numel()].view(rows_RE.shape).copy_(rows_RE)
-        num_bytes = rows_RE.numel() * self._dtype.itemsize
-        if index_P is not None:
-            peer.put_index(slot, num_bytes, index_P)
-            num_bytes += index_P.numel() * index_P.itemsize
-        peer.end.post(slot, CallFrame(request, len(rows_RE)), num_bytes)
+        self.counts.rows += len(rows_RE)
+        self._sent[request.key.sequence] = (request, time.monotonic())
+        peer.send(request, rows_RE, index_P)
 
     def _take(self, request: FfnRequest, pieces: tuple[Piece, ...], peer: _Peer, arrived: ArrivedAnswer) -> None:
         """The rows stay in the slot until the lane has gone on."""
         cut = self._cut_for(request)
-        num_rows = sum(rows for _, rows in request.pieces)
-        rows_PE = peer.answers[arrived.slot][: num_rows * self._hidden_size].view(num_rows, self._hidden_size)
+        rows_PE = peer.answer(arrived.slot, num_rows_of(request)).to(self._device)
+        if len(request.pieces) == 1:
+            cut.put(pieces[0], rows_PE)
+            return
         parts = torch.split(rows_PE, [rows for _, rows in request.pieces])
         for (piece, _), part in zip(request.pieces, parts, strict=True):
             if piece in pieces:
-                cut.put(piece, part.to(self._device))
+                cut.put(piece, part)
 
     def _cut_for(self, request: FfnRequest) -> CutCall:
         key = request.key
@@ -318,7 +357,7 @@ class RemoteDriver:
         for news in self._callers.news():
             if isinstance(news, CallerUp):
                 end = news.end
-                self._peers[end.worker] = _Peer(end, self._dtype)
+                self._peers[end.worker] = _Peer(end, self._hidden_size, self._dtype)
                 up = FfnUp(end.worker, news.pieces, end.sizes.num_slots)
                 self._obey(self._client.handle(up, now), None)
             elif news.worker in self._peers:
@@ -331,10 +370,13 @@ class RemoteDriver:
 
     def _forget(self, worker: WorkerId) -> None:
         peer = self._peers.pop(worker)
-        peer.calls.clear()
-        peer.answers.clear()
-        peer.end.close()
+        peer.close()
         self._obey(self._client.handle(FfnDown(worker), time.monotonic()), None)
+
+
+def num_rows_of(request: FfnRequest) -> int:
+    """That its answer has."""
+    return sum([rows for _, rows in request.pieces])
 
 
 def _cut_of(lane: _Lane) -> CutCall:

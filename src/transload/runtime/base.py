@@ -12,6 +12,7 @@ from transload.control.ffn_messages import Piece
 from transload.control.messages import FinishReason, Request, RequestId, RunStep, StepDone, Token, WorkerId
 from transload.deploy.plan import HopPlan
 from transload.transfer.ffn_callers import HopReport
+from transload.transfer.ffn_kernels import RingKernels
 from transload.transfer.ffn_link import ArrivedCall
 from transload.transfer.ffn_meeting import FfnWeights, Party
 from transload.transfer.layout import KvLayout
@@ -53,6 +54,14 @@ class FfnSource(Protocol):
         """What calling FFN workers has come to, by name; empty if none is called."""
         ...
 
+    def loads(self) -> tuple[tuple[int, ...], ...]:
+        """How often each layer's experts were chosen so far; empty where none were."""
+        ...
+
+    def hops(self) -> tuple[int, ...]:
+        """How many hops took how long, see `transfer/ffn_times.py`; empty if nobody is called."""
+        ...
+
     def close(self) -> None:
         """End all links. After the last step."""
         ...
@@ -65,6 +74,10 @@ class FfnCompute(Protocol):
     def weights(self) -> FfnWeights: ...
     @property
     def pieces(self) -> frozenset[Piece]: ...
+    @property
+    def rings(self) -> RingKernels | None:
+        """Compiled code for links through shared memory."""
+        ...
 
     def problem(self, call: ArrivedCall, room_bytes: int) -> str | None:
         """Why a call cannot be computed as it came; its answer may take `room_bytes`."""

@@ -56,6 +56,12 @@ class HopSide:
     def counts(self) -> dict[str, float]:
         return self._source.counts()
 
+    def loads(self) -> tuple[tuple[int, ...], ...]:
+        return self._source.loads()
+
+    def hops(self) -> tuple[int, ...]:
+        return self._source.hops()
+
     def _load(self) -> None:
         """Steps go on while the weights are loaded."""
         try:

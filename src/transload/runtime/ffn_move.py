@@ -65,8 +65,9 @@ class FfnMove:
         await self._stop(removed)
 
     async def _start(self, names: list[WorkerId], wanted: Mapping[WorkerId, WorkerPlan]) -> None:
+        plans = {name: self._pools.with_loads(wanted[name]) for name in names}  # all at once: they must agree
         for name in names:
-            self._plans[name] = wanted[name]
+            self._plans[name] = plans[name]
             self._remotes[name] = await self._launch(name)
 
         def are_ready() -> bool:

@@ -7,7 +7,9 @@ of a request or a call passes here.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
 
 from transload.control.messages import WorkerId
 from transload.deploy.plan import HopPlan, WorkerPlan
@@ -19,11 +21,14 @@ LONGEST_RESTART_SECONDS = 10.0
 MOST_DOUBLINGS = 16
 
 FfnWord = HopState | FfnSwitched | FfnCounted
+FfnObserver = Callable[[WorkerId, Mapping[str, float], Sequence[int]], None]
+"""Told what a worker has counted since it began, and how many hops took how long."""
 
 
 class FfnPools:
     """`plans` and `remotes` are the runtime's own and change under our eyes. `restart` starts a worker's process again
-    after some seconds; `changed` is set whenever something may have become ready."""
+    after some seconds; `changed` is set whenever something may have become ready; `counted` hears of all
+    that workers count."""
 
     def __init__(
         self,
@@ -32,15 +37,18 @@ class FfnPools:
         *,
         restart: Callable[[WorkerId, float], None],
         changed: asyncio.Event,
+        counted: FfnObserver,
     ) -> None:
         self._plans = plans
         self._remotes = remotes
         self._restart = restart
         self._changed = changed
+        self._counted = counted
         self._linked: dict[tuple[WorkerId, WorkerId], str] = {}  # (attention, FFN) -> transport
         self._is_remote: dict[WorkerId, bool] = {}  # of attention workers that have said so
         self._num_losses: dict[WorkerId, int] = {}
         self._counts: dict[WorkerId, dict[str, float]] = {}
+        self._loads: dict[WorkerId, tuple[tuple[int, ...], ...]] = {}  # by layer and expert
         self.last_switch: dict[WorkerId, FfnSwitched] = {}
 
     # -- what is there ------------------------------------------------------------------------------------------------
@@ -66,6 +74,15 @@ class FfnPools:
         if links:
             found["ffn_links"] = links
         return found
+
+    def with_loads(self, plan: WorkerPlan) -> WorkerPlan:
+        """An FFN worker's plan with what is known of how often experts are chosen: it decides who has copies."""
+        known = [loads for name, loads in self._loads.items() if self._plans[name].role != "prefill"]
+        if plan.share is None or not known:
+            return plan
+        first, *others = known
+        loads = tuple(tuple(map(sum, zip(*layers, strict=True))) for layers in zip(first, *others, strict=True))
+        return msgspec.structs.replace(plan, share=msgspec.structs.replace(plan.share, loads=loads))
 
     def _ffn_workers(self, hop: HopPlan) -> list[RemoteWorker]:
         """Those of a pool that are ready."""
@@ -137,6 +154,7 @@ class FfnPools:
     def attention_gone(self, name: WorkerId) -> None:
         self._unlink(name)
         self._counts.pop(name, None)
+        self._loads.pop(name, None)
         self._is_remote.pop(name, None)
 
     def said(self, remote: RemoteWorker, word: FfnWord) -> None:
@@ -153,8 +171,12 @@ class FfnPools:
                 self.last_switch[remote.name] = word
                 if word.problem is None:
                     self._is_remote[remote.name] = word.remote
-            case FfnCounted(counts):
-                self._counts[remote.name] = counts
+            case FfnCounted(counts, hops, loads):
+                if counts:
+                    self._counts[remote.name] = counts
+                    self._counted(remote.name, counts, hops)
+                if loads:
+                    self._loads[remote.name] = loads
         self._changed.set()
 
     def _connect(self, attention: RemoteWorker, ffn: RemoteWorker, hop: HopPlan) -> None:

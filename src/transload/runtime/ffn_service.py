@@ -48,6 +48,8 @@ class FfnServed(msgspec.Struct):
     rows: int = 0
     busy_seconds: float = 0.0
     """Computing."""
+    up_seconds: float = 0.0
+    """Since the start."""
     sessions: int = 0
 
 
@@ -56,6 +58,7 @@ class _Held(msgspec.Struct):
 
     end: CalleeEnd
     call: ArrivedCall
+    taken_at: float
     answer_bytes: int = 0
 
 
@@ -84,12 +87,13 @@ class FfnService:
             )
         )
         self._offer = Offer(weights=compute.weights, pieces=tuple(sorted(compute.pieces)))
-        self._waiter = Waiter(spin_seconds)
+        self._waiter = Waiter(spin_seconds, compute.rings)
         self._ends: dict[SessionId, CalleeEnd] = {}
         self._arrived: deque[CalleeEnd] = deque()
         self._held: dict[CallKey, _Held] = {}
         self._batches: deque[RunBatch] = deque()
         self._stopping = threading.Event()
+        self._started_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="ffn", daemon=True)
         self._listener = Listener(me=me.worker, bind_host=bind_host, advertise_host=None, shares_memory=True)
         self.address = PeerAddress(
@@ -110,6 +114,7 @@ class FfnService:
 
     def counts(self) -> dict[str, float]:
         """By name; see `FfnServed`."""
+        self.served.up_seconds = time.monotonic() - self._started_at
         return {name: float(getattr(self.served, name)) for name in self.served.__struct_fields__}
 
     def close(self) -> None:
@@ -126,7 +131,7 @@ class FfnService:
 
     def _let_in(self, sock: socket.socket, one_sided: bool) -> None:
         with contextlib.suppress(OSError, TransloadError):  # the caller has been told, and reports it
-            self._arrived.append(accept_ffn(self._me, sock, one_sided, self._offer))
+            self._arrived.append(accept_ffn(self._me, sock, one_sided, self._offer, self._compute.rings))
             if not self._thread.is_alive():
                 self._turn_away()
             self._waiter.nudge()
@@ -177,8 +182,9 @@ class FfnService:
         if problem is not None:
             end.answer(call.slot, FfnError(request.key, problem), 0)
             return
-        self._held[request.key] = _Held(end, call)
-        self._obey(self._server.handle(RequestCame(request), time.monotonic()))
+        now = time.monotonic()
+        self._held[request.key] = _Held(end, call, now)
+        self._obey(self._server.handle(RequestCame(request), now))
 
     def _run_batch(self, batch: RunBatch) -> None:
         held = [self._held[request.key] for request in batch.requests if self._is_live(self._held[request.key].end)]
@@ -206,7 +212,10 @@ class FfnService:
                     self._batches.append(command)
                 case SendAnswer(answer):
                     held = self._held.pop(answer.key)
-                    num_bytes = held.answer_bytes if isinstance(answer, FfnReply) else 0
+                    num_bytes = 0
+                    if isinstance(answer, FfnReply):
+                        num_bytes = held.answer_bytes
+                        answer = FfnReply(answer.key, time.monotonic() - held.taken_at)
                     if self._is_live(held.end):
                         held.end.answer(held.call.slot, answer, num_bytes)
                 case ForgetRequest(key):

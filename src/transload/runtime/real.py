@@ -11,7 +11,7 @@ import os
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 
 from transload.control.controller import Controller, ControllerConfig
@@ -44,7 +44,7 @@ from transload.errors import DeploymentError, OverCapacity, RequestError, Worker
 from transload.runtime.base import Finished, ServedModel, Waterfall
 from transload.runtime.event_log import EventLog
 from transload.runtime.ffn_move import FfnMove
-from transload.runtime.ffn_pools import FfnPools
+from transload.runtime.ffn_pools import FfnObserver, FfnPools
 from transload.runtime.records import waterfall
 from transload.runtime.remote import RemoteWorker
 from transload.runtime.wire import JOIN_TOKEN, Assign, ConnectPeer, LinkState, Ready, Report
@@ -112,6 +112,8 @@ class RealRuntime:
         self._plans = {WorkerId(plan.name): plan for plan in placement.workers}
         self.observe: Observer | None = None
         """Called with every event before, and every command after, the controller handles it."""
+        self.observe_ffn: FfnObserver | None = None
+        """Called with what workers have counted of feed-forward calls."""
         self._event_log = event_log
         self._log = EventLog(event_log, "controller") if event_log is not None else None
         self._loop = asyncio.get_running_loop()
@@ -131,7 +133,13 @@ class RealRuntime:
         self._refusal: Reject | None = None
         self.num_restarts = 0
         self._moving = asyncio.Lock()
-        self._ffn_pools = FfnPools(self._plans, self._remotes, restart=self._restart_later, changed=self._changed)
+        self._ffn_pools = FfnPools(
+            self._plans,
+            self._remotes,
+            restart=self._restart_later,
+            changed=self._changed,
+            counted=self._ffn_counted,
+        )
 
     # -- Backend ------------------------------------------------------------------------------------------------------
 
@@ -390,6 +398,10 @@ class RealRuntime:
         if state.problem is not None and not self._closing:
             remote.link_problem = f"{state.peer}: {state.problem}"
         self._changed.set()
+
+    def _ffn_counted(self, worker: WorkerId, totals: Mapping[str, float], hops: Sequence[int]) -> None:
+        if self.observe_ffn is not None:
+            self.observe_ffn(worker, totals, hops)
 
     def _gone(self, remote: RemoteWorker, reason: str) -> None:
         self._changed.set()

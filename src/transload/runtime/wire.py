@@ -162,6 +162,10 @@ class FfnCounted(Message, frozen=True):
     """What calling, or being called for feed-forwards has come to since the start, by name."""
 
     counts: dict[str, float]
+    hops: tuple[int, ...] = ()
+    """How many hops took how long, see `transfer/ffn_times.py`."""
+    loads: tuple[tuple[int, ...], ...] = ()
+    """How often each layer's experts were chosen, wherever they are computed."""
 
 
 class Alive(Message, frozen=True):

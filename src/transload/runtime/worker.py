@@ -321,10 +321,12 @@ class WorkerProcess:
     def _report_feed_forwards(self) -> None:
         if self._service is not None and self._service.failure is not None:
             self._end(f"crashed: {self._service.failure}")
-        counted = self._hop or self._service
-        counts = counted.counts() if counted is not None else {}
-        if counts:
-            self._wire.send(FfnCounted(counts))
+        if self._service is not None:
+            self._wire.send(FfnCounted(self._service.counts()))
+        elif self._hop is not None:
+            counted = FfnCounted(self._hop.counts(), self._hop.hops(), self._hop.loads())
+            if counted.counts or counted.loads:
+                self._wire.send(counted)
 
     def _send_from_thread(self, message: Message) -> None:
         with contextlib.suppress(RuntimeError):

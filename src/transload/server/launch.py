@@ -28,6 +28,7 @@ from transload.runtime.base import ServedModel
 from transload.runtime.real import RealRuntime
 from transload.server.app import create_app
 from transload.server.feed import MetricsFeed
+from transload.server.ffn_feed import FfnFeed
 from transload.server.metrics import Metrics
 from transload.server.serve import reserve_address, serve_http
 from transload.study.ask import ask_once
@@ -101,6 +102,7 @@ class _Serving:
             config = controller_config(deployment)
             runtime = RealRuntime(model, placement, config, join=join, event_log=self._event_log)
             runtime.observe = MetricsFeed(metrics, runtime.controller)
+            runtime.observe_ffn = FfnFeed(metrics)
             if not await self._start(runtime, placement):
                 return 130
             try:

@@ -14,6 +14,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from transload.transfer.ffn_times import HOP_BOUNDS
+
 TOKEN_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0)
 REQUEST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -74,6 +76,12 @@ class Histogram:
         self._counts[bisect_left(self._bounds, value)] += times
         self._sum += value * times
 
+    def add_counts(self, counts: Sequence[int], total: float) -> None:
+        """Values that somebody else has counted with these bounds; none if there are no counts. `total`: their sum."""
+        for place, count in enumerate(counts):
+            self._counts[place] += count
+        self._sum += total
+
     def collect(self) -> Metric:
         cumulative = 0
         buckets: list[tuple[str, float]] = []
@@ -126,8 +134,27 @@ class Metrics(Collector):
         self.workers_up = Gauge("transload_workers_up", "Workers that are connected and loaded.", ("pool",))
         self.restarts = Counter("transload_worker_restarts", "Times a worker was started again.", ("worker",))
         self.preemptions = Counter("transload_preemptions", "Requests put back to make room.", ("worker",))
+        self._add_feed_forwards()
         self._all = [m for m in vars(self).values() if isinstance(m, Counter | Gauge | Histogram)]
         self.registry.register(self)
+
+    def _add_feed_forwards(self) -> None:
+        """Of calls between attention and FFN workers, each by the worker that says so."""
+        of = ("worker",)
+        self.ffn_calls = Counter("transload_ffn_calls", "Feed-forwards that an attention worker wanted.", of)
+        self.ffn_rows = Counter("transload_ffn_rows", "Rows that an attention worker has sent.", of)
+        self.ffn_retries = Counter("transload_ffn_retries", "Requests that were sent to another as well.", of)
+        self.ffn_fallbacks = Counter("transload_ffn_fallbacks", "Feed-forwards computed by the attention worker.", of)
+        self.ffn_exposed = Counter(
+            "transload_ffn_exposed_seconds", "Waited for feed-forwards with nothing else to compute.", of
+        )
+        self.ffn_steps = Counter("transload_ffn_step_seconds", "Steps with feed-forwards elsewhere.", of)
+        self.ffn_hops = Histogram(
+            "transload_ffn_hop_seconds", "There and back, of calls waited for, less the FFN worker's time.", HOP_BOUNDS
+        )
+        self.ffn_computed_rows = Counter("transload_ffn_computed_rows", "Rows that an FFN worker has computed.", of)
+        self.ffn_busy = Counter("transload_ffn_busy_seconds", "An FFN worker has computed.", of)
+        self.ffn_busy_share = Gauge("transload_ffn_busy_share", "Of the last second, computing.", of)
 
     def collect(self) -> Iterator[Metric]:
         for metric in self._all:

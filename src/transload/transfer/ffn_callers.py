@@ -14,6 +14,7 @@ import msgspec
 from transload.control.ffn_messages import Piece
 from transload.control.messages import WorkerId
 from transload.errors import TransloadError
+from transload.transfer.ffn_kernels import RingKernels
 from transload.transfer.ffn_link import CallerEnd
 from transload.transfer.ffn_meeting import Opening, Party, dial_ffn
 from transload.transfer.listener import PeerAddress
@@ -42,11 +43,19 @@ HopReport = Callable[[WorkerId, str, "str | None"], None]
 class FfnCallers:
     """`report` and `nudge` are called from threads of this class; they must not block."""
 
-    def __init__(self, me: Party, opening: Opening, report: HopReport, nudge: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        me: Party,
+        opening: Opening,
+        report: HopReport,
+        nudge: Callable[[], None],
+        kernels: RingKernels | None = None,
+    ) -> None:
         self._me = me
         self._opening = opening
         self._report = report
         self._nudge = nudge
+        self._kernels = kernels
         self._lock = threading.Lock()
         self._wanted: dict[WorkerId, tuple[PeerAddress, str]] = {}
         self._dialing: dict[WorkerId, threading.Event] = {}  # set: stop
@@ -127,7 +136,7 @@ class FfnCallers:
         said = ""
         while not stop.wait(after_seconds):
             try:
-                end, pieces = dial_ffn(self._me, address, transport, self._opening)
+                end, pieces = dial_ffn(self._me, address, transport, self._opening, self._kernels)
             except (OSError, TransloadError) as error:
                 if str(error) != said:
                     said = str(error)

@@ -14,6 +14,7 @@ import msgspec
 from transload.control.ffn_messages import FfnAnswer, FfnRequest, SessionId
 from transload.control.messages import WorkerId
 from transload.errors import HandoffError
+from transload.transfer.ffn_kernels import Ring
 
 MAX_SLOTS = 64
 MAX_SLOT_BYTES = 1 << 32
@@ -65,6 +66,11 @@ class LinkEnd(Protocol):
 
     transport: str
 
+    @property
+    def compiled_ring(self) -> Ring | None:
+        """What compiled code can wait for; None: only `has_news` tells."""
+        ...
+
     def has_news(self) -> bool:
         """Whether `poll` would find something, or raise. Cheap enough to be asked again and again."""
         ...
@@ -100,8 +106,8 @@ class CallerEnd(LinkEnd, Protocol):
 
     def call_buffer(self, slot: int) -> memoryview: ...
 
-    def post(self, slot: int, frame: CallFrame, num_bytes: int) -> None:
-        """Send the call; `num_bytes` of its buffer are filled."""
+    def post(self, slot: int, frame: CallFrame, num_bytes: int, rows_address: int = 0) -> None:
+        """Send the call; `num_bytes` of its buffer are filled, or are to be, from memory that lies at an address."""
         ...
 
     def answer_buffer(self, slot: int) -> memoryview: ...

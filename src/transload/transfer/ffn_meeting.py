@@ -20,6 +20,7 @@ import msgspec
 from transload.control.ffn_messages import Piece, SessionId
 from transload.control.messages import WorkerId
 from transload.errors import HandoffError
+from transload.transfer.ffn_kernels import RingKernels
 from transload.transfer.ffn_link import CalleeEnd, CallerEnd, SlotSizes
 from transload.transfer.ffn_ring import RingCallee, RingCaller, RingMemory, create_memory
 from transload.transfer.ffn_stream import StreamCallee, StreamCaller
@@ -79,8 +80,12 @@ class Party(msgspec.Struct, frozen=True, kw_only=True):
     secret: bytes
 
 
-def dial_ffn(me: Party, address: PeerAddress, transport: str, opening: Opening) -> tuple[CallerEnd, frozenset[Piece]]:
-    """A link to an FFN worker, and the pieces it owns. Raises `HandoffError`, `MachineError` or `OSError`."""
+def dial_ffn(
+    me: Party, address: PeerAddress, transport: str, opening: Opening, kernels: RingKernels | None = None
+) -> tuple[CallerEnd, frozenset[Piece]]:
+    """A link to an FFN worker, and the pieces it owns; `kernels` are for shared memory, if there are any.
+
+    Raises `HandoffError`, `MachineError` or `OSError`."""
     opening.sizes.check()
     deadline = time.monotonic() + HANDSHAKE_SECONDS
     sock, one_sided = _reach(address, transport, deadline)
@@ -103,7 +108,9 @@ def dial_ffn(me: Party, address: PeerAddress, transport: str, opening: Opening) 
             raise HandoffError(f"{address.worker} computes something else: {problem}")
         worker = address.worker
         end: CallerEnd = (
-            RingCaller(worker, memory, sock) if memory is not None else StreamCaller(worker, opening.sizes, sock)
+            RingCaller(worker, memory, sock, kernels)
+            if memory is not None
+            else StreamCaller(worker, opening.sizes, sock)
         )
         return end, frozenset(offer.pieces)
     except BaseException:
@@ -113,7 +120,9 @@ def dial_ffn(me: Party, address: PeerAddress, transport: str, opening: Opening) 
         raise
 
 
-def accept_ffn(me: Party, sock: socket.socket, one_sided: bool, offer: Offer) -> CalleeEnd:
+def accept_ffn(
+    me: Party, sock: socket.socket, one_sided: bool, offer: Offer, kernels: RingKernels | None = None
+) -> CalleeEnd:
     """A link to an attention worker that has called. Raises `HandoffError` or `OSError`."""
     deadline = time.monotonic() + HANDSHAKE_SECONDS
     handshake = Handshake(sock, _hello(me, one_sided), me.secret, deadline)
@@ -140,7 +149,7 @@ def accept_ffn(me: Party, sock: socket.socket, one_sided: bool, offer: Offer) ->
                 os.close(fd)
         _send(sock, offer, deadline)
         if memory is not None:
-            return RingCallee(opening.session, memory, sock)
+            return RingCallee(opening.session, memory, sock, kernels)
         return StreamCallee(opening.session, opening.sizes, sock)
     except BaseException:
         sock.close()

@@ -13,16 +13,18 @@ its end says that the peer is gone.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 import socket
 import stat
 import sys
-import threading
+from collections.abc import Sequence
 
 from transload.control.ffn_messages import FfnAnswer, SessionId
 from transload.control.messages import WorkerId
 from transload.errors import HandoffError, MachineError
+from transload.transfer.ffn_kernels import ClosedRing, Entry, PlainRing, Ring, RingKernels, RingPlace
 from transload.transfer.ffn_link import (
     HEADER_BYTES,
     MAX_SLOTS,
@@ -61,6 +63,8 @@ class RingMemory:
         finally:
             os.close(fd)
         self._views = [memoryview(self._mapping)]
+        self._anchor: ctypes.c_char | None = ctypes.c_char.from_buffer(self._mapping)
+        self.address = ctypes.addressof(self._anchor)
         self.words = self._keep(self._views[0][:_CONTROL_BYTES].cast("Q"))
         stride = _stride(sizes)
         starts = [_CONTROL_BYTES + slot * stride for slot in range(sizes.num_slots)]
@@ -81,6 +85,7 @@ class RingMemory:
     def close(self) -> None:
         """Unmap; at once, or with the last tensor that still lies in it."""
         self.call_headers = self.answer_headers = self.call_rows = self.answer_rows = []
+        self._anchor = None
         with contextlib.suppress(BufferError):
             for view in reversed(self._views):
                 view.release()
@@ -122,29 +127,53 @@ def _check_memory(fd: int, size_bytes: int) -> None:
         raise HandoffError("the memory of feed-forward calls can still change its size: refused")
 
 
+def _place(memory: RingMemory, *, is_caller: bool) -> RingPlace:
+    """Where one end finds what."""
+    sizes, address = memory.sizes, memory.address
+    first_slot = address + _CONTROL_BYTES
+    rows_at = first_slot + 2 * HEADER_BYTES
+    return RingPlace(
+        address=address,
+        num_slots=sizes.num_slots,
+        posted_at=_CALLS if is_caller else _ANSWERS,
+        news_at=_ANSWERS if is_caller else _CALLS,
+        dozes_at=_CALLER_DOZES if is_caller else _CALLEE_DOZES,
+        peer_dozes_at=_CALLEE_DOZES if is_caller else _CALLER_DOZES,
+        out_entries=_CALL_RING if is_caller else _ANSWER_RING,
+        in_entries=_ANSWER_RING if is_caller else _CALL_RING,
+        out_headers=first_slot if is_caller else first_slot + HEADER_BYTES,
+        out_rows=rows_at if is_caller else rows_at + _padded(sizes.call_bytes),
+        slot_bytes=_stride(sizes),
+        most_header_bytes=HEADER_BYTES,
+        most_row_bytes=sizes.answer_bytes if is_caller else sizes.call_bytes,
+    )
+
+
 class _RingEnd:
     """What both ends do alike: post an entry, read the entries of the other, doze and wake."""
 
     transport = "shm"
 
-    def __init__(self, memory: RingMemory, sock: socket.socket, *, is_caller: bool) -> None:
+    def __init__(
+        self, memory: RingMemory, sock: socket.socket, kernels: RingKernels | None, *, is_caller: bool
+    ) -> None:
         self.sizes = memory.sizes
-        self._num_slots = memory.sizes.num_slots
         self._memory = memory
         self._words = memory.words
         self._sock = sock
         sock.setblocking(False)
-        self._fence = threading.Lock()  # taken and released, it orders the accesses around it on every processor
-        self._posted_at, self._news_at = (_CALLS, _ANSWERS) if is_caller else (_ANSWERS, _CALLS)
-        self._out_ring, self._in_ring = (_CALL_RING, _ANSWER_RING) if is_caller else (_ANSWER_RING, _CALL_RING)
-        mine, peers = (_CALLER_DOZES, _CALLEE_DOZES) if is_caller else (_CALLEE_DOZES, _CALLER_DOZES)
-        self._dozes_at, self._peer_dozes_at = mine, peers
-        self._num_posted = 0
-        self._num_seen = 0
+        place = _place(memory, is_caller=is_caller)
+        self._ring: Ring = kernels.ring(place) if kernels is not None else PlainRing(place, memory.words)
+        self._is_compiled = kernels is not None
+        self._news_at, self._dozes_at, self._peer_dozes_at = place.news_at, place.dozes_at, place.peer_dozes_at
         self._problem: str | None = None
 
+    @property
+    def compiled_ring(self) -> Ring | None:
+        return self._ring if self._is_compiled else None
+
     def has_news(self) -> bool:
-        return self._words[self._news_at] != self._num_seen or self._problem is not None
+        return self._words[self._news_at] != self._ring.num_seen or self._problem is not None
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -153,10 +182,7 @@ class _RingEnd:
         return False
 
     def doze(self) -> bool:
-        self._words[self._dozes_at] = 1
-        with self._fence:
-            pass
-        return not self.has_news()
+        return self._ring.doze() and self._problem is None
 
     def wake(self) -> None:
         self._words[self._dozes_at] = 0
@@ -172,56 +198,31 @@ class _RingEnd:
 
     def close(self) -> None:
         self._sock.close()
-        self._words = memoryview(bytes(_CONTROL_BYTES)).cast("Q")
+        self._words = memoryview(bytearray(_CONTROL_BYTES)).cast("Q")
+        self._ring, self._is_compiled = ClosedRing(), False  # nobody touches the memory any more
         self._memory.close()
 
-    def _post(self, slot: int, header: bytes, place: memoryview, num_bytes: int) -> None:
-        """The rows are in place already."""
-        place[: len(header)] = header
-        words = self._words
-        entry = self._out_ring + 4 * (self._num_posted % self._num_slots)
-        words[entry] = slot
-        words[entry + 1] = len(header)
-        words[entry + 2] = num_bytes
-        self._num_posted += 1
-        with self._fence:
-            pass
-        words[self._posted_at] = self._num_posted
-        with self._fence:
-            pass
-        if words[self._peer_dozes_at]:
-            words[self._peer_dozes_at] = 0
+    def _post(self, slot: int, header: bytes, num_bytes: int, rows_address: int) -> None:
+        if self._ring.post(slot, header, num_bytes, rows_address):
+            self._words[self._peer_dozes_at] = 0
             with contextlib.suppress(OSError):  # full: it has been woken; broken: `wake` will find out
                 self._sock.send(b"!")
 
-    def _read_entries(self, headers: list[memoryview], limit: int) -> list[tuple[int, bytes, int]]:
-        """(slot, header, row bytes) of what is new, checked. What a peer has posted before its end is read first."""
-        words, num_slots = self._words, self._num_slots
-        num_new = words[self._news_at] - self._num_seen
-        if num_new == 0:
-            if self._problem is not None:
-                raise HandoffError(self._problem)
-            return []
-        if not 0 < num_new <= num_slots:
-            raise HandoffError(f"the peer has posted {num_new} entries into a ring of {num_slots}")
-        with self._fence:
-            pass
-        found = []
-        for number in range(self._num_seen, self._num_seen + num_new):
-            entry = self._in_ring + 4 * (number % num_slots)
-            slot, header_bytes, num_bytes = words[entry], words[entry + 1], words[entry + 2]
-            if slot >= num_slots or not 0 < header_bytes <= HEADER_BYTES or num_bytes > limit:
-                raise HandoffError(f"the peer has posted slot {slot} with {header_bytes} and {num_bytes} bytes")
-            found.append((slot, bytes(headers[slot][:header_bytes]), num_bytes))
-        self._num_seen += num_new
+    def _read_entries(self) -> Sequence[Entry]:
+        """What is new, checked. What a peer has posted before its end is read first."""
+        found = self._ring.poll()
+        if not found and self._problem is not None:
+            raise HandoffError(self._problem)
         return found
 
 
 class RingCaller(_RingEnd):
     """The attention side."""
 
-    def __init__(self, worker: WorkerId, memory: RingMemory, sock: socket.socket) -> None:
-        super().__init__(memory, sock, is_caller=True)
+    def __init__(
+        self, worker: WorkerId, memory: RingMemory, sock: socket.socket, kernels: RingKernels | None = None
+    ) -> None:
+        super().__init__(memory, sock, kernels, is_caller=True)
         self.worker = worker
         self._free = list(range(self.sizes.num_slots))
         self._away: set[int] = set()
@@ -235,17 +236,19 @@ class RingCaller(_RingEnd):
     def answer_buffer(self, slot: int) -> memoryview:
         return self._memory.answer_rows[slot]
 
-    def post(self, slot: int, frame: CallFrame, num_bytes: int) -> None:
+    def post(self, slot: int, frame: CallFrame, num_bytes: int, rows_address: int = 0) -> None:
         self._away.add(slot)
-        self._post(slot, encode_header(frame), self._memory.call_headers[slot], num_bytes)
+        self._post(slot, encode_header(frame), num_bytes, rows_address)
 
     def poll(self) -> list[ArrivedAnswer]:
         arrived = []
-        for slot, header, num_bytes in self._read_entries(self._memory.answer_headers, self.sizes.answer_bytes):
+        memory = self._memory
+        for slot, header_bytes, num_bytes in self._read_entries():
             if slot not in self._away:
                 raise HandoffError(f"the peer has answered slot {slot}, which holds no call")
             self._away.discard(slot)
-            arrived.append(ArrivedAnswer(slot, decode_answer(header), self._memory.answer_rows[slot][:num_bytes]))
+            header = bytes(memory.answer_headers[slot][:header_bytes])
+            arrived.append(ArrivedAnswer(slot, decode_answer(header), memory.answer_rows[slot][:num_bytes]))
         return arrived
 
     def release(self, slot: int) -> None:
@@ -255,18 +258,22 @@ class RingCaller(_RingEnd):
 class RingCallee(_RingEnd):
     """The FFN side."""
 
-    def __init__(self, session: SessionId, memory: RingMemory, sock: socket.socket) -> None:
-        super().__init__(memory, sock, is_caller=False)
+    def __init__(
+        self, session: SessionId, memory: RingMemory, sock: socket.socket, kernels: RingKernels | None = None
+    ) -> None:
+        super().__init__(memory, sock, kernels, is_caller=False)
         self.session = session
         self._held: set[int] = set()
 
     def poll(self) -> list[ArrivedCall]:
         arrived = []
-        for slot, header, num_bytes in self._read_entries(self._memory.call_headers, self.sizes.call_bytes):
+        memory = self._memory
+        for slot, header_bytes, num_bytes in self._read_entries():
             if slot in self._held:
                 raise HandoffError(f"the peer calls with slot {slot}, which holds a call already")
             self._held.add(slot)
-            arrived.append(ArrivedCall(slot, decode_call(header), self._memory.call_rows[slot][:num_bytes]))
+            header = bytes(memory.call_headers[slot][:header_bytes])
+            arrived.append(ArrivedCall(slot, decode_call(header), memory.call_rows[slot][:num_bytes]))
         return arrived
 
     def answer_buffer(self, slot: int) -> memoryview:
@@ -274,4 +281,4 @@ class RingCallee(_RingEnd):
 
     def answer(self, slot: int, answer: FfnAnswer, num_bytes: int) -> None:
         self._held.discard(slot)
-        self._post(slot, encode_header(answer), self._memory.answer_headers[slot], num_bytes)
+        self._post(slot, encode_header(answer), num_bytes, 0)

@@ -8,6 +8,7 @@ socket does not take waits, and is sent when the end is used next or watched by 
 
 from __future__ import annotations
 
+import ctypes
 import socket
 import struct
 from collections import deque
@@ -33,6 +34,7 @@ class _StreamEnd:
     """Frames in both directions. `_buffers` are what the peer's rows are read into, a slot each."""
 
     transport = "tcp"
+    compiled_ring = None
 
     def __init__(self, sizes: SlotSizes, sock: socket.socket, *, is_caller: bool) -> None:
         self.sizes = sizes
@@ -154,6 +156,7 @@ class StreamCaller(_StreamEnd):
     def __init__(self, worker: WorkerId, sizes: SlotSizes, sock: socket.socket) -> None:
         super().__init__(sizes, sock, is_caller=True)
         self.worker = worker
+        self._call_addresses = [ctypes.addressof(ctypes.c_char.from_buffer(rows)) for rows in self._call_rows]
         self._free = list(range(sizes.num_slots))
         self._away: set[int] = set()
 
@@ -166,8 +169,10 @@ class StreamCaller(_StreamEnd):
     def answer_buffer(self, slot: int) -> memoryview:
         return self._answer_rows[slot]
 
-    def post(self, slot: int, frame: CallFrame, num_bytes: int) -> None:
+    def post(self, slot: int, frame: CallFrame, num_bytes: int, rows_address: int = 0) -> None:
         self._away.add(slot)
+        if rows_address:
+            ctypes.memmove(self._call_addresses[slot], rows_address, num_bytes)
         self._send(slot, encode_header(frame), self._call_rows[slot][:num_bytes])
 
     def poll(self) -> list[ArrivedAnswer]:

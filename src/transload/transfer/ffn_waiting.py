@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Sequence
 
+from transload.transfer.ffn_kernels import RingKernels
 from transload.transfer.ffn_link import LinkEnd
 
 SHORT_SPIN_SECONDS = 20e-6
@@ -24,8 +25,9 @@ MOST_SLEEP_SECONDS = 0.05
 class Waiter:
     """For one thread. `nudge` wakes it from any other."""
 
-    def __init__(self, spin_seconds: float) -> None:
-        """`spin_seconds`: the longest spin; 0: none."""
+    def __init__(self, spin_seconds: float, kernels: RingKernels | None = None) -> None:
+        """`spin_seconds`: the longest spin; 0: none. `kernels`: those that the ends' rings were made with."""
+        self._kernels = kernels
         self._most_spin = spin_seconds
         self._typical = spin_seconds / 2  # how long news have lately taken to come
         self._nudge, self._nudged = socket.socketpair()
@@ -44,23 +46,35 @@ class Waiter:
     def wait(self, ends: Sequence[LinkEnd], due_at: float | None) -> bool:
         """Until an end has news or is broken, a nudge comes, or it is `due_at` (`time.monotonic`). False: only the time
         has come, or nothing has for a while."""
-        started = now = time.monotonic()
+        for end in ends:
+            if end.has_news():
+                return True
+        started = time.monotonic()
         spin_until = started + self._spin_seconds()
         if due_at is not None and due_at < spin_until + TICK_SECONDS:
             spin_until = due_at  # no sleep is that short
-        while now < spin_until:
-            for _ in range(8):
-                for end in ends:
-                    if end.has_news():
-                        self.num_spins += 1
-                        self._learn(time.monotonic() - started)
-                        return True
-            now = time.monotonic()
-        if due_at is not None and now >= due_at:
+        if spin_until > started and self._spin(ends, started, spin_until):
+            self.num_spins += 1
+            self._learn(time.monotonic() - started)
+            return True
+        if due_at is not None and time.monotonic() >= due_at:
             return False
         found = self._sleep(ends, due_at)
         self._learn(time.monotonic() - started)
         return found
+
+    def _spin(self, ends: Sequence[LinkEnd], now: float, until: float) -> bool:
+        if self._kernels is not None:
+            rings = [ring for end in ends if (ring := end.compiled_ring) is not None]
+            if len(rings) == len(ends):
+                return self._kernels.await_news(rings, until - now)
+        while now < until:
+            for _ in range(8):
+                for end in ends:
+                    if end.has_news():
+                        return True
+            now = time.monotonic()
+        return False
 
     def _spin_seconds(self) -> float:
         wanted = 2.0 * self._typical

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from ctypes import POINTER, Structure, c_char_p, c_double, c_int, c_int64, c_void_p
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from transload.model.cache import cache_folder, locked
 
 SWITCH = "TRANSLOAD_NATIVE"
 """Environment variable: 0 leaves the kernels alone."""
-SOURCES = ("llama.c", "attention.h", "pool.h", "stored.h", "tiles.h", "vector.h")
+SOURCES = ("llama.c", "attention.h", "pool.h", "ring.h", "split.h", "stored.h", "tiles.h", "vector.h")
 MAIN = SOURCES[0]
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-w", "-shared", "-fPIC")
 COMPILERS = ("cc", "gcc", "clang")
@@ -133,8 +134,34 @@ class Library:
         self.first_largest = function("first_largest", None, c_void_p, c_int64, c_int64, c_void_p)
         self.read_stored = function("read_stored", None, c_int64, c_void_p, c_int64, c_int64, c_void_p)
         self.unpack_rows = function("unpack_rows", None, linear, c_void_p, c_int64, c_void_p)
+        self._add_split(function)
+        self._add_ring(path)
         self.lanes: int = function("lanes", c_int64)()
         self.instruction_set: str = function("instruction_set", c_char_p)().decode()
+
+    def _add_split(self, function: Callable[..., ctypes._NamedFuncPointer]) -> None:
+        """Of split.h."""
+        self.open_lane = function("open_lane", c_void_p, c_void_p)
+        self.close_lane = function("close_lane", None, c_void_p)
+        self.attend = function("attend", c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p)
+        self.take_ffn = function("take_ffn", None, c_void_p, c_void_p, c_int64)
+        self.residual = function("residual", None, c_void_p, c_void_p)
+        self.head = function("head", c_int, c_void_p, c_void_p, c_int64, c_void_p)
+        self.feed_forward = function("feed_forward", c_int, c_void_p, POINTER(LayerStruct), c_void_p, c_int64)
+
+    def _add_ring(self, path: Path) -> None:
+        """Of ring.h. What returns at once keeps the interpreter's lock: letting it go costs more than the work."""
+        at_once, waiting = ctypes.PyDLL(str(path)), ctypes.CDLL(str(path))
+
+        def function(of: ctypes.CDLL, name: str, result: type, *arguments: object) -> ctypes._NamedFuncPointer:
+            found = getattr(of, f"transload_ring_{name}")
+            found.restype, found.argtypes = result, arguments
+            return found  # type: ignore[no-any-return]
+
+        self.ring_post = function(at_once, "post", c_int, c_void_p, c_int64, c_char_p, c_int64, c_void_p, c_int64)
+        self.ring_poll = function(at_once, "poll", c_int64, c_void_p)
+        self.ring_doze = function(at_once, "doze", c_int, c_void_p)
+        self.ring_await = function(waiting, "await", c_int, c_void_p, c_int64, c_int64)
 
 
 def load() -> Library | None:

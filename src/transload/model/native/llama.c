@@ -431,7 +431,8 @@ static void clear_block_ends(const struct runner *r) {
     }
 }
 
-static void run_layer(struct runner *r, int64_t number) {
+/* A layer up to its output projection: what its heads have mixed, of the rows that count from here on. */
+static void attend_layer(struct runner *r, int64_t number) {
     const struct step *s = r->step;
     struct pool *pool = r->pool;
     r->layer = &r->model->layers[number];
@@ -460,6 +461,12 @@ static void run_layer(struct runner *r, int64_t number) {
             }
         run_together(pool, attend_all, r);
     }
+}
+
+static void run_layer(struct runner *r, int64_t number) {
+    struct pool *pool = r->pool;
+    attend_layer(r, number);
+    if (r->failed || r->num_rows == 0) return;
     r->norm = r->layer->ffn_norm;
     if (r->num_rows <= FEW_ROWS) {
         run_together(pool, share_output, r);
@@ -471,16 +478,20 @@ static void run_layer(struct runner *r, int64_t number) {
     }
 }
 
+/* Rows of a step as they enter the first layer. 0 if memory is short. */
+static int begin_step(struct runner *r, const struct step *s) {
+    if (!reserve_rows(r, s->num_rows) || !reserve_attention(r, s, (struct span *)s->spans)) return 0;
+    r->num_rows = s->num_rows;
+    for (int64_t row = 0; row < s->num_rows; row++)
+        embed(r->model, s->token_ids[row], r->residual + row * r->model->hidden_size);
+    return 1;
+}
+
 /* Layers [low, high) of a step, in order; 0 starts it. Returns 0, or 1 if memory is short. */
 int transload_run_layers(struct runner *r, const struct step *s, int64_t low, int64_t high) {
     r->step = s;
     r->failed = 0;
-    if (low == 0) {
-        if (!reserve_rows(r, s->num_rows) || !reserve_attention(r, s, (struct span *)s->spans)) return 1;
-        r->num_rows = s->num_rows;
-        for (int64_t row = 0; row < s->num_rows; row++)
-            embed(r->model, s->token_ids[row], r->residual + row * r->model->hidden_size);
-    }
+    if (low == 0 && !begin_step(r, s)) return 1;
     for (int64_t number = low; number < high && !r->failed; number++) run_layer(r, number);
     return r->failed;
 }
@@ -539,10 +550,13 @@ struct runner *transload_open(const struct model *model, int64_t num_threads) {
     if (!r->pool) return free(r), NULL;
     return r;
 }
-void transload_close(struct runner *r) {
-    pool_close(r->pool);
+static void free_scratch(struct runner *r) {
     free(r->residual), free(r->qkv), free(r->activation), free(r->mixed), free(r->inner);
     free(r->packed), free(r->scratch), free(r);
+}
+void transload_close(struct runner *r) {
+    pool_close(r->pool);
+    free_scratch(r);
 }
 
 /* --- One layer by itself ------------------------------------------------------------------------------------------- */
@@ -598,3 +612,7 @@ void transload_multiply(const struct linear *linear, const void *x, int64_t num_
     else
         multiply_rows(&product, 0);
 }
+
+#include "split.h"
+
+#include "ring.h"
