@@ -1,12 +1,15 @@
 """How fast KV cells cross between two worker processes on one host, against a copy inside one process.
 
-    python benchmarks/handoff.py [--out handoff.json] [--megabytes 8 64 256] [--repeat 7]
+    python benchmarks/handoff.py [--out handoff.json] [--megabytes 8 64 256] [--repeat 7] [--namespaces]
 
 Two processes, each pinned to a core where there are two. The blocks are a random permutation of a pool a quarter larger
 than the transfer, on both sides. A transfer is timed from the first command to the answer of the receiver, who has
 taken in every frame and computed its checksum: what a request would wait for if nothing else were to wait for. Beside
 it, in the same run, the best of three ways to copy the same cells inside one process with numpy, without any checksum.
-GB are 10^9 bytes; figures are medians.
+`direct`: the cells have been written into the receiver's blocks, as a prefill there would; timed is the same, and apart
+from that how long the receiver's side takes to know. TCP stands against one stream of iperf3 in the same run, if that
+is installed. `--namespaces` (root): over a wire of 1 and 10 Gbit/s between two network namespaces, without and with
+1 ms of delay each way. GB are 10^9 bytes; figures are medians.
 """
 
 from __future__ import annotations
@@ -25,10 +28,12 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Literal, get_args
 
 import msgspec
 import numpy as np
 import xxhash
+from namespaces import Hosts, Unavailable, enter, inside, iperf3, two_hosts
 
 from transload.control.messages import (
     EngineEvent,
@@ -43,11 +48,18 @@ from transload.control.messages import (
     TransferId,
     WorkerId,
 )
+from transload.model.native.library import load as native_library
 from transload.transfer.cells import CellMover, Cells
 from transload.transfer.layout import KvLayout
 from transload.transfer.links import LinkFailed, Links
 from transload.transfer.memory import KvMemory
 
+Transport = Literal["direct", "shm", "tcp"]
+TRANSPORTS: tuple[Transport, ...] = get_args(Transport)
+WIRE_LAYOUT = "64 KiB (Llama-3-8B)"
+WIRES = (("1 Gbit/s", 1e9, 64), ("10 Gbit/s", 1e10, 512))
+"""Name, bits a second, MB of a transfer."""
+LOOPBACK_MEGABYTES = 512
 SECRET = b"a secret of a benchmark"
 SENDER, RECEIVER = WorkerId("prefill-0"), WorkerId("decode-0")
 LAYOUTS = {
@@ -62,6 +74,21 @@ LAYOUTS = {
 Event = EngineEvent | LinkFailed
 Planned = tuple[KvData, tuple[int, ...], tuple[int, ...]]
 """A frame, the sender's blocks and the receiver's."""
+
+
+class WireFigure(msgspec.Struct, kw_only=True):
+    """TCP between two namespaces, or over loopback. Rates in GB/s."""
+
+    wire: str
+    line_bits_per_second: float | None
+    delay_seconds: float
+    num_bytes: int
+    repeat: int
+    median: float
+    best: float
+    iperf3: float | None
+    share_of_line: float | None
+    share_of_iperf3: float | None
 
 
 class Figure(msgspec.Struct, kw_only=True):
@@ -80,6 +107,10 @@ class Figure(msgspec.Struct, kw_only=True):
     in_process_with_checksum: float
     """And with the checksum that a transfer has to compute once on either side."""
     share_of_in_process: float
+    microseconds: float
+    """Of a whole transfer."""
+    known_microseconds: float
+    """From the first command until the receiver has everything: without its answer."""
     checksum_share_of_sending: float
     checksum_share_of_receiving: float
 
@@ -89,25 +120,33 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, nargs="+", default=[8, 64, 256])
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--frame-kib", type=int, default=1024, help="bytes of one layer of a chunk of blocks")
-    parser.add_argument("--transports", nargs="+", default=["shm", "tcp"], choices=["shm", "tcp"])
+    parser.add_argument("--transports", nargs="+", default=TRANSPORTS, choices=TRANSPORTS)
+    parser.add_argument("--iperf3-seconds", type=int, default=3)
+    parser.add_argument("--namespaces", action="store_true", help="and TCP over shaped wires; needs root")
+    parser.add_argument("--wire-only", action="store_true", help="only TCP against iperf3 and over wires")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     own_core, peer_core = two_cores()
     pin(own_core)
     figures: list[Figure] = []
-    print(f"{'cell':24}{'MB':>5}  {'':4} {'GB/s':>6} {'best':>6} {'worst':>6} {'copy':>6} {'+sum':>6} {'share':>6}")
-    for name, layout in LAYOUTS.items():
+    wires = measure_wires(options, peer_core)
+    print(
+        f"{'cell':24}{'MB':>5}  {'':6} {'GB/s':>6} {'best':>6} {'worst':>6} {'copy':>6} {'+sum':>6} {'share':>6} "
+        f"{'us':>9} {'known us':>9}"
+    )
+    for name, layout in () if options.wire_only else LAYOUTS.items():
         for megabytes in options.megabytes:
             for figure in measure(layout, megabytes * 10**6, options, peer_core):
                 figures.append(figure)
                 print(
-                    f"{name:24}{megabytes:5}  {figure.transport:4} {figure.median:6.2f} {figure.best:6.2f} "
+                    f"{name:24}{megabytes:5}  {figure.transport:6} {figure.median:6.2f} {figure.best:6.2f} "
                     f"{figure.worst:6.2f} {figure.in_process:6.2f} {figure.in_process_with_checksum:6.2f} "
-                    f"{figure.share_of_in_process:6.2f}",
+                    f"{figure.share_of_in_process:6.2f} {figure.microseconds:9.0f} {figure.known_microseconds:9.0f}",
                     flush=True,
                 )
     given = {name: value for name, value in vars(options).items() if name != "out"}
     report = {"benchmark": "handoff", "options": given, **surroundings(), "figures": msgspec.to_builtins(figures)}
+    report["wires"] = msgspec.to_builtins(wires)
     if options.out is not None:
         options.out.write_text(json.dumps(report, indent=1) + "\n")
 
@@ -118,16 +157,21 @@ def measure(layout: KvLayout, num_bytes: int, options: argparse.Namespace, peer_
     pool_blocks = num_blocks * 5 // 4 + 1
     shuffled = random.Random(0)
     source, target = (tuple(shuffled.sample(range(pool_blocks), num_blocks)) for _ in range(2))
-    memory = KvMemory(layout, pool_blocks)
+    memory = KvMemory(layout, pool_blocks, with_windows=True)
+    memory.kernels = native_library()
     np.frombuffer(memory.buffer, np.uint8)[:] = np.random.default_rng(0).integers(0, 256, memory.size_bytes, np.uint8)
     copy, copy_with_checksum = in_process(memory, source, target, options.repeat)
     figures = []
     for transport in options.transports:
         link = Pair(layout, memory, target, transport, peer_core)
-        frames = plan_frames(layout, source, target, options.frame_kib << 10)
+        if transport == "direct":
+            frames = link.work_in_place(source, target)
+        else:
+            frames = plan_frames(layout, source, target, options.frame_kib << 10)
         link.transfer(frames)  # the first one meets cold caches and small socket buffers
         before = link.stats()
-        seconds = [link.transfer(frames) for _ in range(options.repeat)]
+        times = [link.transfer(frames) for _ in range(options.repeat)]
+        seconds, known = [whole for whole, _ in times], [known for _, known in times]
         after = link.stats()
         link.check(memory, source)
         link.close()
@@ -146,12 +190,70 @@ def measure(layout: KvLayout, num_bytes: int, options: argparse.Namespace, peer_
                 in_process=copy,
                 in_process_with_checksum=copy_with_checksum,
                 share_of_in_process=statistics.median(rates) / copy,
+                microseconds=statistics.median(seconds) * 1e6,
+                known_microseconds=statistics.median(known) * 1e6,
                 checksum_share_of_sending=share(before[0], after[0]),
                 checksum_share_of_receiving=share(before[1], after[1]),
             )
         )
     memory.close()
     return figures
+
+
+def measure_wires(options: argparse.Namespace, peer_core: int | None) -> list[WireFigure]:
+    """TCP over loopback and, if asked for, over wires of a known speed; each against iperf3."""
+    if "tcp" not in options.transports:
+        return []
+    figures = [measure_wire("loopback", None, 0.0, LOOPBACK_MEGABYTES, options, peer_core, None)]
+    for name, bits, megabytes in WIRES if options.namespaces else ():
+        for delay_seconds in (0.0, 1e-3):
+            try:
+                with two_hosts(bits, delay_seconds) as hosts:
+                    figures.append(measure_wire(name, bits, delay_seconds, megabytes, options, peer_core, hosts))
+            except Unavailable as reason:
+                print(f"{name}, delay {delay_seconds * 1000:g} ms: {reason}", flush=True)
+    return figures
+
+
+def measure_wire(
+    name: str,
+    bits: float | None,
+    delay_seconds: float,
+    megabytes: int,
+    options: argparse.Namespace,
+    peer_core: int | None,
+    hosts: Hosts | None,
+) -> WireFigure:
+    layout = LAYOUTS[WIRE_LAYOUT]
+    num_blocks = megabytes * 10**6 // layout.block_bytes
+    memory = KvMemory(layout, num_blocks)
+    memory.kernels = native_library()
+    np.frombuffer(memory.buffer, np.uint8)[:] = 7
+    blocks = tuple(random.Random(0).sample(range(num_blocks), num_blocks))
+    link = Pair(layout, memory, blocks, "tcp", peer_core, hosts)
+    frames = plan_frames(layout, blocks, blocks, options.frame_kib << 10)
+    link.transfer(frames)
+    repeat = min(options.repeat, 5)
+    seconds = [link.transfer(frames)[0] for _ in range(repeat)]
+    link.close()
+    memory.close()
+    peer = iperf3(options.iperf3_seconds, two_cores(), hosts)
+    moved = num_blocks * layout.block_bytes
+    rate = moved / statistics.median(seconds)
+    figure = WireFigure(
+        wire=name,
+        line_bits_per_second=bits,
+        delay_seconds=delay_seconds,
+        num_bytes=moved,
+        repeat=repeat,
+        median=rate / 1e9,
+        best=moved / min(seconds) / 1e9,
+        iperf3=peer / 1e9 if peer is not None else None,
+        share_of_line=rate * 8 / bits if bits is not None else None,
+        share_of_iperf3=rate / peer if peer is not None else None,
+    )
+    print(f"{name:12} delay {delay_seconds * 1000:g} ms  {msgspec.to_builtins(figure)}", flush=True)
+    return figure
 
 
 def plan_frames(layout: KvLayout, source: tuple[int, ...], target: tuple[int, ...], frame_bytes: int) -> list[Planned]:
@@ -179,29 +281,64 @@ class Pair:
     """A link from this process to one that it starts."""
 
     def __init__(
-        self, layout: KvLayout, memory: KvMemory, target: tuple[int, ...], transport: str, core: int | None
+        self,
+        layout: KvLayout,
+        memory: KvMemory,
+        target: tuple[int, ...],
+        transport: Transport,
+        core: int | None,
+        hosts: Hosts | None = None,
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=receiver, args=(theirs, layout, memory.num_blocks, target, core))
+        there = (hosts.names[1], hosts.addresses[1]) if hosts is not None else None
+        arguments = theirs, layout, memory.num_blocks, target, core, there
+        self._process = context.Process(target=receiver, args=arguments)
         self._process.start()
+        self._memory = memory
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._links = Links(
-            me=SENDER,
-            incarnation=1,
-            layout=layout,
-            memory=memory,
-            secret=SECRET,
-            deliver=self._events.put,
-            report=self._events.put,
-        )
-        address = self._pipe.recv()
-        self._links.connect(RECEIVER, address, "shm" if transport == "shm" else "tcp")
-        event = self._events.get(timeout=10)
+        with inside(hosts.names[0] if hosts is not None else None):
+            self._links = Links(
+                me=SENDER,
+                incarnation=1,
+                layout=layout,
+                memory=memory,
+                secret=SECRET,
+                deliver=self._events.put,
+                report=self._events.put,
+                bind_host=hosts.addresses[0] if hosts is not None else "127.0.0.1",
+            )
+            address = self._pipe.recv()
+            self._links.connect(RECEIVER, address, transport)
+            event = self._events.get(timeout=10)
         assert isinstance(event, PeerUp), event
+        self._up = event
 
-    def transfer(self, frames: list[Planned]) -> float:
-        """Seconds until the receiver has answered."""
+    def work_in_place(self, source: tuple[int, ...], target: tuple[int, ...]) -> list[Planned]:
+        """Write the receiver's blocks where they lie, as a prefill would; returns the one frame that says so."""
+        layout, window = self._memory.layout, self._up.window
+        assert window is not None, "this machine has no windows"
+        start = window * layout.block_bytes
+        pool = self._memory.table[start : start + self._up.window_blocks * layout.block_bytes]
+        blocks = np.frombuffer(pool, np.uint8).reshape(self._up.window_blocks, -1)
+        blocks[list(target)] = np.frombuffer(self._memory.buffer, np.uint8).reshape(self._memory.num_blocks, -1)[
+            list(source)
+        ]
+        frame = KvData(
+            transfer=TransferId(1),
+            epoch=1,
+            sequence=0,
+            layer_lo=0,
+            layer_hi=layout.num_layers,
+            block_lo=0,
+            block_hi=len(target),
+            num_bytes=len(target) * layout.block_bytes,
+            in_place=True,
+        )
+        return [(frame, (), ())]
+
+    def transfer(self, frames: list[Planned]) -> tuple[float, float]:
+        """Seconds until the receiver has answered, and until it had everything."""
         commands = [SendFrame(RECEIVER, frame, source, target) for frame, source, target in frames]
         done = SendFrame(RECEIVER, KvDone(TransferId(1), 1, len(frames), ()))
         started = time.perf_counter()
@@ -212,7 +349,8 @@ class Pair:
         seconds = time.perf_counter() - started
         assert isinstance(event, PeerFrame), event
         assert isinstance(event.frame, KvReady), event
-        return seconds
+        self._pipe.send("known")
+        return seconds, self._pipe.recv() - started
 
     def stats(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """(busy, checksum) seconds of the sender and of the receiver."""
@@ -232,11 +370,23 @@ class Pair:
         self._process.join(30)
 
 
-def receiver(pipe: Connection, layout: KvLayout, num_blocks: int, target: tuple[int, ...], core: int | None) -> None:
-    """The other process: answers each transfer when all its frames are in and intact."""
+def receiver(
+    pipe: Connection,
+    layout: KvLayout,
+    num_blocks: int,
+    target: tuple[int, ...],
+    core: int | None,
+    there: tuple[str, str] | None,
+) -> None:
+    """The other process: answers each transfer when all its frames are in and intact. `there`: namespace and address
+    to do that in."""
     pin(core)
-    memory = KvMemory(layout, num_blocks)
+    if there is not None:
+        enter(there[0])
+    memory = KvMemory(layout, num_blocks, with_windows=True)
+    memory.kernels = native_library()
     broken: list[EngineEvent] = []
+    known = [0.0]
 
     def deliver(event: EngineEvent) -> None:
         if not isinstance(event, PeerFrame):
@@ -246,6 +396,7 @@ def receiver(pipe: Connection, layout: KvLayout, num_blocks: int, target: tuple[
                 broken.append(event)
         elif isinstance(event.frame, KvDone):
             assert not broken, broken[0]
+            known[0] = time.perf_counter()  # one clock for all processes of a machine
             links.send(SendFrame(SENDER, KvReady(TransferId(1), 1)))
 
     links = Links(
@@ -256,6 +407,7 @@ def receiver(pipe: Connection, layout: KvLayout, num_blocks: int, target: tuple[
         secret=SECRET,
         deliver=deliver,
         report=lambda failed: print(failed, file=sys.stderr),
+        bind_host=there[1] if there is not None else "127.0.0.1",
     )
     links.expect(ExpectKv(TransferId(1), 1, SENDER, 0, target))
     pipe.send(links.address)
@@ -263,6 +415,8 @@ def receiver(pipe: Connection, layout: KvLayout, num_blocks: int, target: tuple[
         if question == "stats":
             received = links.stats()[0].received
             pipe.send((received.busy_seconds, received.checksum_seconds))
+        elif question == "known":
+            pipe.send(known[0])
         else:
             blocks = np.frombuffer(memory.buffer, np.uint8).reshape(num_blocks, -1)
             pipe.send(xxhash.xxh3_64_intdigest(blocks[list(target)].data))
@@ -277,7 +431,7 @@ def in_process(memory: KvMemory, source: tuple[int, ...], target: tuple[int, ...
     cells, target_cells = (Cells(pool.buffer, layout, pool.num_blocks) for pool in (memory, other))
     rows = cells.rows(0, layout.num_layers, source)
     target_rows = target_cells.rows(0, layout.num_layers, target)
-    mover = CellMover(layout.cell_bytes)
+    mover = CellMover(layout.cell_bytes, memory.kernels)
 
     def whole() -> None:
         target_cells.matrix[target_rows] = cells.matrix[rows]

@@ -10,6 +10,8 @@ copy cells from worker to worker, torn and changed frames leave rubbish. Asserts
 - bytes land in blocks of another transfer, or in blocks that have been given away,
 - a block that can be found by a prefix key does not hold that prefix.
 
+Where a worker's steps work in a peer's blocks, those are read and written in the peer's memory, under the same rules.
+
 A `staged` worker computes in the memory of a device, and its links read and write a copy of that on the host.
 """
 
@@ -25,6 +27,15 @@ from transload.runtime.cluster import Link, LiveWorker
 NOTHING = 0
 RUBBISH = -1
 Cell = list[int]
+
+
+class Window:
+    """Blocks of a peer, or nobody's once it is closed."""
+
+    def __init__(self, low: int, peer: WorkerId, memory: list[list[Cell]]) -> None:
+        self.blocks = range(low, low + len(memory))
+        self.peer: WorkerId | None = peer
+        self.memory = memory
 
 
 class Contents:
@@ -48,6 +59,7 @@ class Contents:
         self._namespace = namespace
         self._memory: dict[WorkerId, list[list[Cell]]] = {}  # [block][layer][position], where steps compute
         self._host: dict[WorkerId, list[list[Cell]]] = {}  # where links read and write: the same if not staged
+        self._windows: dict[WorkerId, list[Window]] = {}
         self._steps: dict[WorkerId, list[tuple[Chunk, tuple[int, ...]]]] = {}
         self._flights: dict[tuple[WorkerId, WorkerId], tuple[SendFrame, list[Cell]]] = {}
         self._copies: dict[int, tuple[SendFrame, list[Cell]]] = {}
@@ -83,6 +95,31 @@ class Contents:
         if self._staged:
             self._host[worker] = self._empty(num_blocks)
 
+    def window_opened(self, worker: WorkerId, window: int, peer: WorkerId) -> None:
+        assert not self._staged
+        self._windows.setdefault(worker, []).append(Window(window, peer, self._memory[peer]))
+
+    def window_closed(self, worker: WorkerId, window: int) -> None:
+        (found,) = [item for item in self._windows[worker] if item.blocks.start == window]
+        found.peer, found.memory = None, self._empty(len(found.blocks))
+
+    def _window_of(self, worker: WorkerId, block: int) -> Window | None:
+        """None: it is a block of the worker's own."""
+        if block < len(self._memory[worker]):
+            return None
+        (window,) = [item for item in self._windows[worker] if block in item.blocks]
+        return window
+
+    def _block(self, worker: WorkerId, block: int) -> list[Cell]:
+        """Where a step of the worker finds a block."""
+        window = self._window_of(worker, block)
+        return self._memory[worker][block] if window is None else window.memory[block - window.blocks.start]
+
+    def _is_torn(self, worker: WorkerId, blocks: Sequence[int]) -> bool:
+        """Whether a peer's memory has gone under a step: what it draws is dropped, for its engine knows."""
+        windows = [self._window_of(worker, block) for block in blocks]
+        return any(window is not None and window.peer is None for window in windows)
+
     def _empty(self, num_blocks: int) -> list[list[Cell]]:
         return [[[NOTHING] * self._block_size for _ in range(self._num_layers)] for _ in range(num_blocks)]
 
@@ -90,6 +127,7 @@ class Contents:
         del self._memory[worker]
         del self._host[worker]
         self._steps.pop(worker, None)
+        self._windows.pop(worker, None)
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -104,7 +142,7 @@ class Contents:
             known = self._all_tokens(chunk.request)[: chunk.request.num_prompt_tokens + chunk.num_outputs]
             assert list(chunk.tokens) == known, "a step is given other tokens than the request has"
             assert chunk.start + chunk.num_tokens <= len(known)
-            if not fails:
+            if not fails and not self._is_torn(worker, blocks):
                 self._check_reads(worker, chunk, blocks, chunk.start)
         for chunk, blocks in chunks:
             self._write(worker, chunk, blocks, range(self._num_layers), rubbish=True)
@@ -121,18 +159,18 @@ class Contents:
     def step_ended(self, worker: WorkerId, step: RunStep, *, fails: bool) -> None:
         for chunk, blocks in self._steps.pop(worker):
             assert tuple(chunk.blocks[: len(blocks)]) == blocks, "a request's blocks changed under a step"
-            if not fails:
+            if not fails and not self._is_torn(worker, blocks):
                 self._check_reads(worker, chunk, blocks, chunk.start)
 
     def _check_reads(self, worker: WorkerId, chunk: Chunk, blocks: Sequence[int], end: int) -> None:
         """Positions before `end` hold this request's own tokens, in every layer."""
-        size, memory = self._block_size, self._memory[worker]
+        size = self._block_size
         self.num_reads += 1
         for layer in range(self._num_layers):
             marks = self.marks(chunk.request, layer)
             for index in range(-(-end // size)):
                 low, high = index * size, min(end, (index + 1) * size)
-                held = memory[blocks[index]][layer][: high - low]
+                held = self._block(worker, blocks[index])[layer][: high - low]
                 assert held == marks[low:high], (
                     f"{worker} reads block {blocks[index]} layer {layer} as positions {low}..{high} of request "
                     f"{chunk.request.id}: it holds something else"
@@ -141,11 +179,12 @@ class Contents:
     def _write(
         self, worker: WorkerId, chunk: Chunk, blocks: Sequence[int], layers: Sequence[int], *, rubbish: bool
     ) -> None:
-        size, memory = self._block_size, self._memory[worker]
+        size = self._block_size
         for layer in layers:
             marks = self.marks(chunk.request, layer)
             for position in range(chunk.start, chunk.start + chunk.num_tokens):
-                memory[blocks[position // size]][layer][position % size] = RUBBISH if rubbish else marks[position]
+                cell = self._block(worker, blocks[position // size])[layer]
+                cell[position % size] = RUBBISH if rubbish else marks[position]
 
     # -- frames -------------------------------------------------------------------------------------------------------
 
@@ -168,6 +207,8 @@ class Contents:
 
     def _read(self, source: WorkerId, send: SendFrame) -> list[Cell]:
         memory = self._host[source]
+        assert isinstance(send.frame, KvData)
+        assert not send.frame.in_place
         return [list(memory[send.source_blocks[place]][layer]) for layer, place in self._places(send)]
 
     @staticmethod
@@ -184,8 +225,11 @@ class Contents:
         for name, worker in workers.items():
             pool, writers = worker.engine.pool, list[int]()
             for chunk, blocks in self._steps.get(name, ()):
-                assert all(pool._references[block] for block in blocks), f"{name} gave away blocks of a running step"
                 first, last = chunk.start // self._block_size, (chunk.start + chunk.num_tokens - 1) // self._block_size
+                if any(self._window_of(name, block) is not None for block in blocks):
+                    self._check_in_place(workers, name, blocks, first, last)
+                    continue
+                assert all(pool._references[block] for block in blocks), f"{name} gave away blocks of a running step"
                 writers += blocks[first : last + 1]
                 for block in blocks[first : last + 1]:
                     assert pool._references[block] == 1, f"{name} writes into block {block}, which is shared"
@@ -198,10 +242,36 @@ class Contents:
             for send in (*link.queue, *([link.current] if link.current is not None else ())):
                 self._check_send(workers[source], workers[target], send)
 
+    def _check_in_place(
+        self, workers: Mapping[WorkerId, LiveWorker], name: WorkerId, blocks: Sequence[int], first: int, last: int
+    ) -> None:
+        """A step that works in a peer's blocks writes only what is granted to it or kept aside for it, and reads only
+        what the peer still holds for it."""
+        for place, block in enumerate(blocks):
+            window = self._window_of(name, block)
+            assert window is not None, "a request's blocks are here and there"
+            if window.peer is None:
+                continue
+            target, own = workers[window.peer], block - window.blocks.start
+            exchange, pool = target.engine.exchange, target.engine.pool
+            held = pool._references[own] or any(own in kept for kept in pool._quarantined.values())
+            assert held, f"{window.peer} gave away block {own}, which a step of {name} reads"
+            if first <= place <= last:
+                granted = [kv.blocks for kv in target.permissions.values() if kv.source == name]
+                aside = [
+                    pool._quarantined[transfer]
+                    for transfer, (source, _) in exchange._quarantined.items()
+                    if source == name
+                ]
+                mine = [kept for kept in (*granted, *aside) if own in kept]
+                assert len(mine) == 1, f"{name} writes into block {own} of {window.peer}, which is not granted to it"
+                assert pool._keys[own] is None, f"{name} writes into block {own}, which others can find"
+
     def _check_send(self, source: LiveWorker, target: LiveWorker, send: SendFrame) -> None:
         if not isinstance(send.frame, KvData):
             return
         references = source.engine.pool._references
+        assert bool(send.source_blocks) != send.frame.in_place
         assert all(references[block] for block in send.source_blocks), "blocks are given away that are still sent"
         if target.spec.one_sided:
             self._check_kept(target.engine.pool, send.target_blocks, send.frame.transfer)

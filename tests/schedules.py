@@ -118,6 +118,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
     workers: str
     one_sided: bool
     staged: bool
+    in_place: bool = False
     max_batch: int
     num_blocks: int
     step_tokens: int
@@ -177,7 +178,7 @@ def draw_calm(seed: int) -> Schedule:
 
 
 def _draw_cluster(random: Random) -> dict[str, Any]:
-    return {
+    cluster: dict[str, Any] = {
         "workers": random.choice(("p0 d0", "p0 p1 d0", "p0 d0 d1", "p0 p1 d0 d1", "a0 p0 d0", "a0 a1")),
         "one_sided": random.random() < 0.7,
         "staged": random.random() < 0.4,
@@ -194,6 +195,8 @@ def _draw_cluster(random: Random) -> dict[str, Any]:
         "link_bytes_per_second": random.choice((5e9, 1e6, 2e5)),
         "longest_message_seconds": random.choice((1e-4, 0.01, 0.1)),
     }
+    cluster["in_place"] = cluster["one_sided"] and not cluster["staged"] and random.random() < 0.6
+    return cluster
 
 
 def _draw_asks(random: Random) -> tuple[Ask, ...]:
@@ -248,6 +251,7 @@ def build(schedule: Schedule) -> World:
         max_batch=schedule.max_batch,
         one_sided=schedule.one_sided,
         staged=schedule.staged,
+        in_place=schedule.in_place,
         cost=UnevenCost(Random(f"{schedule.seed} messages"), schedule),
         frame_fault=FaultyWires(random, schedule.frame_rates, one_sided=schedule.one_sided) if disturbed else faithful,
         step_fault=FaultySteps(Random(f"{schedule.seed} steps"), schedule.step_failure_rate),

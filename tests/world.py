@@ -93,6 +93,7 @@ class World:
         frame_fault: FrameFault = faithful,
         step_fault: StepFault = never_fails,
         staged: bool = False,
+        in_place: bool = False,
         lease_seconds: Mapping[str, float] | None = None,
         check: bool = True,
         watch: Callable[[float, WorkerId, Message], None] | None = None,
@@ -132,6 +133,7 @@ class World:
                 role=ROLES[name[0]],
                 layers_per_frame=layers_per_frame,
                 one_sided=one_sided,
+                in_place=in_place,
             )
             for name in workers.split()
         ]

@@ -90,7 +90,8 @@ class Labeller:
             frame = fields["frame"]
             kind, transfer_fields = frame[0], frame[3:]
             if kind not in ("KvRenew", "KvCredit"):
-                detail = transfer_fields[:-1] if kind == "KvData" else []  # not the checksum
+                # not the checksum
+                detail = [*transfer_fields[:-2], transfer_fields[-1]] if kind == "KvData" else list[object]()
                 self.labels[who, f"from {fields['peer']}", None].append(f"{kind} {detail}")
             return
         if name in ("StepDone", "LayersReady"):
@@ -176,6 +177,7 @@ def run_virtual(setup: Setup, *, at_once: bool) -> Labels:
             pool=plan.pool,
             role=plan.duty,
             layers_per_frame=plan.layers_per_frame or setup.layout.num_layers,
+            in_place="direct" in plan.transports.values(),
         )
         for plan in setup.placement.workers
     ]

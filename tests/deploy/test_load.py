@@ -334,7 +334,7 @@ def deployments(draw: st.DrawFn) -> Deployment:
     link = st.builds(
         Link,
         between=st.just((names[0], names[1])),
-        transport=st.sampled_from(["auto", "shm", "tcp"]),
+        transport=st.sampled_from(["auto", "direct", "shm", "tcp"]),
         layers_per_frame=st.none() | st.integers(1, 65_536),
         window_frames=st.integers(1, 65_536),
         lease_seconds=seconds,

@@ -265,9 +265,9 @@ def test_a_context_beyond_the_models_own_is_refused() -> None:
 def test_every_prefill_pool_is_linked_to_every_decode_pool_over_shared_memory() -> None:
     placement = placed("2p1d")
     (link,) = placement.links
-    assert (link.source, link.target, link.transport, link.layers_per_frame) == ("prefill", "decode", "shm", 5)
-    assert placement.workers[0].transports == {"decode": "shm"}
-    assert placement.workers[2].transports == {"prefill": "shm"}
+    assert (link.source, link.target, link.transport, link.layers_per_frame) == ("prefill", "decode", "direct", 5)
+    assert placement.workers[0].transports == {"decode": "direct"}
+    assert placement.workers[2].transports == {"prefill": "direct"}
 
 
 def test_an_aggregated_worker_has_no_links() -> None:
@@ -287,6 +287,13 @@ def test_without_memfd_links_use_tcp_and_shared_memory_is_refused() -> None:
     assert placed("1p1d", on=machine(memfd=False)).links[0].transport == "tcp"
     message = problem("1p1d", "links=[{between: [prefill, decode], transport: shm}]", on=machine(memfd=False))
     assert "shm needs Linux; set its transport to tcp" in message
+
+
+def test_only_cpus_can_work_in_each_others_blocks() -> None:
+    link = "links=[{between: [prefill, decode], transport: direct}]"
+    assert placed("1p1d", link).links[0].transport == "direct"
+    assert "direct needs Linux" in problem("1p1d", link, on=machine(memfd=False))
+    assert "direct needs both pools on device cpu" in problem("1p1d", link, "pools.decode.device=cuda")
 
 
 # -- workers that start elsewhere -------------------------------------------------------------------------------------

@@ -5,18 +5,19 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Literal
 
 import xxhash
 
-from tests.transfer.rig import LARGE, WAIT_SECONDS, Event, Worker
+from tests.transfer.rig import LARGE, WAIT_SECONDS, Event, Worker, window_of
 from transload.control.messages import ExpectKv, PeerFrame, PeerUp, SendFrame, WorkerId
 from transload.transfer.listener import PeerAddress
 from transload.transfer.meeting import TransportChoice
 
-Question = tuple[Literal["connect", "expect", "send", "fill", "digest", "frames", "next", "end"], Any]
+Question = tuple[Literal["connect", "expect", "send", "fill", "digest", "frames", "next", "scribble", "end"], Any]
 
 
 class PeerProcess:
@@ -29,6 +30,8 @@ class PeerProcess:
         self._process.start()
         theirs.close()
         self.name = WorkerId(name)
+        self.up: PeerUp | None = None
+        """How its link was reported there."""
         self.address: PeerAddress = self._answer()
 
     def __enter__(self) -> PeerProcess:
@@ -44,9 +47,11 @@ class PeerProcess:
     def connect(self, peer: Worker, transport: TransportChoice) -> None:
         """Returns when the link is up on both sides."""
         self._ask("connect", (peer.name, peer.links.address, transport))
-        one_sided = transport == "shm"
-        assert self.next() == PeerUp(peer.name, one_sided)
-        assert peer.next() == PeerUp(self.name, one_sided)
+        one_sided = transport != "tcp"
+        for event, name in ((self.next(), peer.name), (peer.next(), self.name)):
+            assert isinstance(event, PeerUp)
+            assert (event.peer, event.one_sided, event.window is not None) == (name, one_sided, transport == "direct")
+            self.up = event if name == peer.name else self.up
 
     def expect(self, command: ExpectKv) -> None:
         self._ask("expect", command)
@@ -57,6 +62,10 @@ class PeerProcess:
 
     def fill(self, seed: int) -> None:
         self._ask("fill", seed)
+
+    def scribble(self, up: PeerUp) -> None:
+        """Write into all blocks of the peer, on and on, as a step would that works there."""
+        self._ask("scribble", up)
 
     def digest(self, blocks: tuple[int, ...]) -> int:
         """Checksum of the blocks, one after the other."""
@@ -104,11 +113,18 @@ def digest(worker: Worker, blocks: tuple[int, ...]) -> int:
 
 
 def _serve(pipe: Connection, name: str, incarnation: int, num_blocks: int) -> None:
-    with Worker(name, layout=LARGE, num_blocks=num_blocks, incarnation=incarnation) as worker:
+    with Worker(name, layout=LARGE, num_blocks=num_blocks, incarnation=incarnation, with_windows=True) as worker:
         pipe.send(worker.links.address)
         while True:
             kind, argument = pipe.recv()
             pipe.send(_do(worker, kind, argument))
+
+
+def _scribble(worker: Worker, up: PeerUp) -> None:
+    blocks = window_of(worker, up)
+    while True:
+        for value in range(1, 100):
+            blocks[:] = value
 
 
 def _do(worker: Worker, kind: str, argument: Any) -> object:
@@ -124,6 +140,8 @@ def _do(worker: Worker, kind: str, argument: Any) -> object:
                     worker.links.send(command)
         case "fill":
             worker.fill(argument)
+        case "scribble":
+            threading.Thread(target=_scribble, args=(worker, argument), daemon=True).start()
         case "digest":
             return digest(worker, argument)
         case "frames":

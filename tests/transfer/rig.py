@@ -57,10 +57,11 @@ class Worker:
         secret: bytes = SECRET,
         options: LinkOptions | None = None,
         bind_host: str = "127.0.0.1",
+        with_windows: bool = False,
     ) -> None:
         self.name = WorkerId(name)
         self.layout = layout
-        self.memory = KvMemory(layout, num_blocks)
+        self.memory = KvMemory(layout, num_blocks, with_windows=with_windows)
         self.events: queue.Queue[Event] = queue.Queue()
         self.links = Links(
             me=self.name,
@@ -113,6 +114,15 @@ class Worker:
             if isinstance(event, PeerFrame) and isinstance(event.frame, KvData):
                 frames.append(event)
         return frames
+
+
+def window_of(worker: Worker, up: PeerUp) -> npt.NDArray[np.uint8]:
+    """The peer's pool as this worker's steps find it; laid out as `Worker.blocks`."""
+    layout = worker.layout
+    assert up.window is not None
+    start = up.window * layout.block_bytes
+    table = worker.memory.table[start : start + up.window_blocks * layout.block_bytes]
+    return np.frombuffer(table, np.uint8).reshape(-1, layout.num_layers, layout.cell_bytes)
 
 
 def link_up(dialer: Worker, acceptor: Worker, transport: TransportChoice) -> None:

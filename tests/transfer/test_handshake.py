@@ -109,7 +109,7 @@ def test_a_short_secret_is_refused_at_the_start() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"version": 2}, "protocol version: got 2, wanted 1"),
+        ({"version": 1}, "protocol version: got 1, wanted 2"),
         ({"magic": "GET / HTTP/1.1"}, "protocol: got 'GET / HTTP/1.1', wanted 'transload-link'"),
         ({"peer": WorkerId("c")}, "addressed worker: got c, wanted a"),
         ({"peer_incarnation": 7}, "addressed incarnation: got 7, wanted 1"),
@@ -145,7 +145,7 @@ def test_a_hello_of_a_later_version_with_other_fields_is_still_named() -> None:
             )
             failed = worker.next()
         assert isinstance(failed, LinkFailed)
-        assert "protocol version: got 9, wanted 1" in failed.reason
+        assert "protocol version: got 9, wanted 2" in failed.reason
 
 
 def test_a_worker_that_answers_under_another_name_is_refused() -> None:
@@ -293,7 +293,7 @@ def test_a_restarted_peer_takes_the_place_of_the_one_before(transport: Transport
         link_up(before, one, transport)
         after.links.connect(one.name, one.links.address, transport)
         assert one.next() == PeerLost(before.name)
-        assert one.next() == PeerUp(after.name, transport == "shm")
+        assert one.next() == PeerUp(after.name, transport == "shm", link=1)
         assert before.next() == PeerLost(one.name)
         assert after.next() == PeerUp(one.name, transport == "shm")
         assert [stats.incarnation for stats in one.links.stats()] == [2]

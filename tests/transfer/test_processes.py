@@ -195,3 +195,30 @@ def test_a_handoff_in_one_process_needs_no_other() -> None:
         handoff.expect()
         one.links.send(handoff.whole())
         assert other.data_frames(1)
+
+
+def test_a_process_killed_while_it_works_in_our_blocks_writes_no_more_once_it_is_lost() -> None:
+    with Worker("d", layout=LARGE, num_blocks=64, with_windows=True) as worker:
+        with PeerProcess("p") as process:
+            process.connect(worker, "direct")
+            assert process.up is not None
+            process.scribble(process.up)
+            eventually(lambda: bool(worker.blocks.any()))
+            process.kill()
+            assert worker.wait_for(PeerLost) == PeerLost(process.name)
+        worker.blocks[:] = 0xAB
+        time.sleep(0.2)
+        assert (worker.blocks == 0xAB).all()
+
+
+def test_a_peer_that_stands_still_while_it_works_in_our_blocks_is_not_lost_before_it_is_dead() -> None:
+    with Worker("d", layout=LARGE, num_blocks=64, with_windows=True) as worker, PeerProcess("p") as process:
+        process.connect(worker, "direct")
+        assert process.up is not None
+        process.scribble(process.up)
+        process.stop()
+        worker.links.disconnect(process.name)
+        time.sleep(0.3)
+        assert worker.events.empty()
+        process.kill()
+        assert worker.next() == PeerLost(process.name)

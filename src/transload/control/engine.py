@@ -95,7 +95,7 @@ class Engine:
             Prefill: self._take_assignment,
             Cancel: self._cancel,
             SendsDrained: lambda event, _: self.exchange.sends_drained(event.transfer),
-            PeerUp: lambda event, _: self.exchange.peer_up(event.peer, event.one_sided),
+            PeerUp: lambda event, _: self.exchange.peer_up(event),
             PeerLost: lambda event, _: self._settle(self.exchange.peer_lost(event.peer)),
             ReportTokens: lambda _event, _: self._report_tokens(self._running.values()),
             TimerFired: lambda _event, _: self._settle(self.exchange.tick()),
@@ -137,16 +137,13 @@ class Engine:
             self._drop(stale, "replaced by a newer attempt")
         self._works[work.request.id] = work
         most_tokens = work.num_known + (0 if work.kind == "send" else work.request.max_tokens - work.num_outputs - 1)
-        if self.pool.blocks_for(most_tokens) > self.pool.num_blocks:
-            problem = f"needs {most_tokens} tokens of KV cache, {self.config.worker} holds {self._capacity_tokens}"
+        if work.window_blocks is None and self.pool.blocks_for(most_tokens) > self.pool.num_blocks:
+            capacity_tokens = self.pool.num_blocks * self.pool.block_size
+            problem = f"needs {most_tokens} tokens of KV cache, {self.config.worker} holds {capacity_tokens}"
         if problem is not None:
             self._fail(work, problem)
         else:
             self._waiting.append(work)
-
-    @property
-    def _capacity_tokens(self) -> int:
-        return self.pool.num_blocks * self.pool.block_size
 
     def _cancel(self, event: Cancel, _now: float) -> None:
         work = self._works.get(event.request)
@@ -178,7 +175,10 @@ class Engine:
     def _acquire_blocks(self, work: Work) -> bool:
         """Blocks for every token known so far, cached ones first. Leaves a block of growth to each running request."""
         size = self.pool.block_size
-        last = work.num_known if work.kind == "receive" else work.num_known - 1  # else one token must be computed
+        if work.window_blocks is not None:
+            return work.enter_window(size)
+        comes_whole = work.kind == "receive" and not self.exchange.works_in_place(work.source)
+        last = work.num_known - (not comes_whole)  # one token must be computed, here or into these very blocks
         prefix = self.pool.match(work.keys(last // size, size, self._root))
         num_new = self.pool.blocks_for(work.num_known) - len(prefix)
         growth = sum(1 for other in self._running.values() if other.kind != "send")
@@ -373,8 +373,7 @@ class Engine:
                     self._take_over(work)
                 case Released():
                     self._forget(work)
-                    self.pool.release(work.blocks)
-                    work.blocks = []
+                    self.exchange.release_sent(work)
                     self._report(PrefillSent(self.config.worker, work.request.id, work.epoch))
                 case Failed(_, reason):
                     if work.failed or work.phase == "draining":
@@ -465,7 +464,8 @@ class Engine:
 
     def check(self) -> None:
         """Assert every invariant of the worker. For tests, after any event."""
-        self.pool.check([*(work.blocks for work in self._held_works()), *self.exchange.tables()])
+        held = [work.blocks for work in self._held_works() if work.window_blocks is None]
+        self.pool.check([*held, *self.exchange.tables()])
         for work in self._works.values():
             assert work.num_computed <= work.num_known <= work.request.num_prompt_tokens + work.request.max_tokens
             assert (work.phase == "waiting") == (work in self._waiting), "a request waits, or it does not"

@@ -4,8 +4,9 @@ The Engine owns requests and steps; this owns what crosses to other workers. It 
 and answers with outcomes, which the Engine acts on.
 
 A block that another worker may write into must not change hands before that is ruled out. It is ruled out when the
-sender has said so (KvAbortAck, which it sends after its writes have drained), when the link is lost (the
-driver reports that only once no write can be under way), or at once where the receiver does the copying itself.
+sender has said so (KvAbortAck, which it sends after its writes have drained and its steps have returned), when the link
+is lost (the driver reports that only once no write can be under way), or at once where the receiver does the copying
+itself. Where the sender's steps work in our blocks, those of the prefix that they read are kept as long.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from transload.control.messages import (
     KvDone,
     KvReady,
     KvRenew,
+    PeerUp,
     SendFrame,
     SetTimer,
     TransferId,
@@ -92,10 +94,11 @@ class Exchange:
         self._lease_seconds = lease_seconds
         self._random = random
         self._out = out
-        self._peers: dict[WorkerId, bool] = {}
+        self._peers: dict[WorkerId, PeerUp] = {}
         self._sending: dict[TransferId, Work] = {}
         self._receiving: dict[TransferId, Work] = {}
         self._quarantined: dict[TransferId, tuple[WorkerId, int]] = {}  # who may still write, and the epoch
+        self._kept: dict[TransferId, list[int]] = {}  # blocks that a step of theirs may still read
         self._tombstones: OrderedDict[TransferId, None] = OrderedDict()
         self._tick_seconds: float | None = None  # of the timer that is set
         self.num_late_frames = 0
@@ -105,10 +108,16 @@ class Exchange:
     def is_linked(self, peer: WorkerId) -> bool:
         return peer in self._peers
 
+    def works_in_place(self, peer: WorkerId | None) -> bool:
+        """Whether this peer's steps work in our blocks, and ours in its."""
+        link = self._peers.get(peer) if peer is not None else None
+        return link is not None and link.window is not None
+
     def open_receive(self, work: Work, source: WorkerId, first_block: int) -> Grant:
         """Name a transfer that may fill the work's blocks from `first_block` on."""
         transfer = TransferId(self._random.getrandbits(63))
-        grant = Grant(transfer, tuple(work.blocks[first_block:]), first_block, to_ms(self._lease_seconds))
+        prefix = tuple(work.blocks[:first_block]) if self.works_in_place(source) else ()
+        grant = Grant(transfer, tuple(work.blocks[first_block:]), first_block, to_ms(self._lease_seconds), prefix)
         work.receiver = KvReceiver(source, work.epoch, grant, self._num_layers, Lease(self._lease_seconds))
         self._receiving[transfer] = work
         self._out.append(ExpectKv(transfer, work.epoch, source, first_block, grant.blocks))
@@ -120,9 +129,17 @@ class Exchange:
         None."""
         if grant.transfer in self._tombstones:
             return "the receiver has withdrawn the transfer"
-        if target not in self._peers:
+        link = self._peers.get(target)
+        if link is None:
             return f"no link to {target}"
-        work.sender = KvSender(target, work.epoch, grant, Lease(grant.lease_ms / 1000))
+        table = (*grant.prefix, *grant.blocks)
+        in_place = link.window is not None and len(grant.prefix) == grant.first_block
+        if in_place and not all(0 <= block < link.window_blocks for block in table):
+            return f"{target} grants blocks that it does not have"
+        lease = Lease(grant.lease_ms / 1000)
+        work.sender = KvSender(target, work.epoch, grant, lease, in_place=in_place)
+        if link.window is not None and in_place:
+            work.window_blocks = [link.window + block for block in table]
         self._sending[grant.transfer] = work
         self._send(target, KvRenew(grant.transfer, work.epoch, grant.lease_ms))
         self._keep_leases()
@@ -134,16 +151,23 @@ class Exchange:
         """Layers of the running chunk are in the cache: send those of every block the chunk completes."""
         sender = work.sender
         assert sender is not None
+        if sender.in_place:
+            return  # one word for all of it, when it is complete
         frame = sender.frame(layer_lo, layer_hi, block_hi, self._cell_bytes)
         if frame is not None:
             source_blocks = tuple(work.blocks[frame.block_lo : frame.block_hi])
-            self._out.append(SendFrame(sender.target, frame, source_blocks, sender.target_blocks(frame)))
+            self._send(sender.target, frame, source_blocks, sender.target_blocks(frame))
 
     def send_done(self, work: Work) -> None:
         """The prompt is computed and its first token drawn: say that this is all, and wait for KvReady."""
         sender = work.sender
         assert sender is not None
         work.phase = "sent"
+        if sender.in_place:
+            sender.next_block = sender.grant.first_block
+            frame = sender.frame(0, self._num_layers, len(work.blocks), self._cell_bytes)
+            assert frame is not None, "the receiver keeps back at least the block of the last token"
+            self._send(sender.target, frame)
         self._send(sender.target, KvDone(sender.transfer, sender.epoch, sender.num_frames, work.outputs))
 
     # -- giving up ----------------------------------------------------------------------------------------------------
@@ -156,15 +180,17 @@ class Exchange:
         if work.phase == "draining":
             return
         work.phase = "draining"
-        self._out.append(CancelSends(sender.target, sender.transfer, sender.epoch))
+        link = self._peers.get(sender.target)
+        number = link.link if link is not None else 0
+        self._out.append(CancelSends(sender.target, sender.transfer, sender.epoch, number))
 
     def abort_receive(self, work: Work, reason: str) -> None:
         """Stop receiving, and free the blocks as soon as nothing can write into them."""
         receiver = work.receiver
         assert receiver is not None
-        one_sided = self._peers.get(receiver.source, False)
+        link = self._peers.get(receiver.source)
         self._send(receiver.source, KvAbort(receiver.transfer, receiver.epoch, reason))
-        self._close_receive(work, may_be_written=one_sided)
+        self._close_receive(work, may_be_written=link is not None and link.one_sided)
 
     def _close_receive(self, work: Work, *, may_be_written: bool) -> None:
         receiver = work.receiver
@@ -172,7 +198,10 @@ class Exchange:
         del self._receiving[receiver.transfer]
         self._out.append(ForgetKv(receiver.transfer, receiver.epoch))
         first = receiver.grant.first_block
-        self._pool.release(work.blocks[:first])
+        if may_be_written and receiver.grant.prefix:
+            self._kept[receiver.transfer] = work.blocks[:first]
+        else:
+            self._pool.release(work.blocks[:first])
         if may_be_written:
             self._pool.quarantine(work.blocks[first:], receiver.transfer)
             self._quarantined[receiver.transfer] = receiver.source, receiver.epoch
@@ -189,10 +218,15 @@ class Exchange:
             return
         sender = work.sender
         assert sender is not None
-        self._pool.release(work.blocks)
-        work.blocks = []
+        self.release_sent(work)
         if sender.ack_wanted:
             self._send(sender.target, KvAbortAck(transfer, sender.epoch))
+
+    def release_sent(self, work: Work) -> None:
+        """Let go of the blocks of a send; those that it worked on in place are the receiver's."""
+        if work.window_blocks is None:
+            self._pool.release(work.blocks)
+        work.blocks = []
 
     # -- frames -------------------------------------------------------------------------------------------------------
 
@@ -255,8 +289,7 @@ class Exchange:
     def _take_stray(self, peer: WorkerId, frame: Frame) -> None:
         match frame:
             case KvAbortAck(transfer, epoch) if self._quarantined.get(transfer) == (peer, epoch):
-                del self._quarantined[transfer]
-                self._pool.end_quarantine(transfer)
+                self._end_quarantine(transfer)
             case KvAbort(transfer, epoch):
                 self._bury(transfer)
                 self._send(peer, KvAbortAck(transfer, epoch))
@@ -264,6 +297,11 @@ class Exchange:
                 pass
             case _:
                 self.num_late_frames += 1
+
+    def _end_quarantine(self, transfer: TransferId) -> None:
+        del self._quarantined[transfer]
+        self._pool.end_quarantine(transfer)
+        self._pool.release(self._kept.pop(transfer, ()))
 
     def _bury(self, transfer: TransferId) -> None:
         """Never start this transfer again, even if its assignment is still on the way here."""
@@ -273,15 +311,14 @@ class Exchange:
 
     # -- links and leases ---------------------------------------------------------------------------------------------
 
-    def peer_up(self, peer: WorkerId, one_sided: bool) -> None:
-        self._peers[peer] = one_sided
+    def peer_up(self, link: PeerUp) -> None:
+        self._peers[link.peer] = link
 
     def peer_lost(self, peer: WorkerId) -> list[Outcome]:
         """The link is gone and nothing of it writes any more: end its transfers and its quarantines."""
         self._peers.pop(peer, None)
         for transfer in [transfer for transfer, (source, _) in self._quarantined.items() if source == peer]:
-            del self._quarantined[transfer]
-            self._pool.end_quarantine(transfer)
+            self._end_quarantine(transfer)
         outcomes: list[Outcome] = []
         for work in list(self._receiving.values()):
             if work.receiver is not None and work.receiver.source == peer:
@@ -341,9 +378,17 @@ class Exchange:
             self._tick_seconds = tick_seconds
             self._out.append(SetTimer(LEASE_TIMER, tick_seconds))
 
-    def _send(self, peer: WorkerId, frame: Frame) -> None:
-        if peer in self._peers:
-            self._out.append(SendFrame(peer, frame))
+    def _send(
+        self,
+        peer: WorkerId,
+        frame: Frame,
+        source_blocks: tuple[int, ...] = (),
+        target_blocks: tuple[int, ...] = (),
+    ) -> None:
+        """Over the link that we know, and no later one. Without one the frame is dropped: its transfer is over."""
+        link = self._peers.get(peer)
+        if link is not None:
+            self._out.append(SendFrame(peer, frame, source_blocks, target_blocks, link.link))
 
     # -- for tests and metrics ----------------------------------------------------------------------------------------
 
@@ -353,5 +398,6 @@ class Exchange:
         return len(self._sending) + len(self._receiving)
 
     def tables(self) -> list[list[int]]:
-        """Block tables held by sends that are draining: their requests have ended already."""
-        return [work.blocks for work in self._sending.values() if work.phase == "draining"]
+        """Block tables of nobody's request any more: of sends that are draining, and what their steps may read."""
+        draining = [work for work in self._sending.values() if work.phase == "draining"]
+        return [*(work.blocks for work in draining if work.window_blocks is None), *self._kept.values()]

@@ -13,6 +13,10 @@
                                      <-------   KvAbort: it gives up, and puts its blocks aside
     has no write under way: KvAbortAck ----->   the blocks are free again
 
+Where a worker's steps can work in a peer's blocks themselves (a *window*), the sender prefills right there: its block
+table is the receiver's, cached prefix included, and one `KvData` that brings no bytes says so at the end. Nothing else
+differs, least of all who may give a block away when.
+
 KvRenew goes both ways every third of a lease, from the sender until its KvDone. Who hears nothing for a lease gives up.
 The lease is the receiver's, named in its grant: the two sides may have been configured otherwise.
 A sender that gives up tells the controller, which cancels the receiver.
@@ -52,7 +56,7 @@ class Lease:
 class KvSender:
     """The prefill worker's half: which frames are due next."""
 
-    def __init__(self, target: WorkerId, epoch: int, grant: Grant, lease: Lease) -> None:
+    def __init__(self, target: WorkerId, epoch: int, grant: Grant, lease: Lease, *, in_place: bool = False) -> None:
         self.target = target
         self.transfer: TransferId = grant.transfer
         self.epoch = epoch
@@ -61,6 +65,8 @@ class KvSender:
         self.next_block = grant.first_block
         self.num_frames = 0
         self.ack_wanted = False
+        self.in_place = in_place
+        """Our steps write into the receiver's blocks themselves."""
 
     def frame(self, layer_lo: int, layer_hi: int, block_hi: int, cell_bytes: int) -> KvData | None:
         """The frame for these layers of all blocks finished by the running chunk and not sent before; None if no
@@ -76,6 +82,7 @@ class KvSender:
             block_lo=self.next_block,
             block_hi=block_hi,
             num_bytes=(layer_hi - layer_lo) * (block_hi - self.next_block) * cell_bytes,
+            in_place=self.in_place,
         )
         self.num_frames += 1
         return frame

@@ -105,6 +105,7 @@ class KvData(Message, frozen=True):
     block_hi: int
     num_bytes: int
     checksum: int = 0  # xxh3-64 over the cells, layer by layer, block by block; filled in by the transport
+    in_place: bool = False  # the sender's steps have written the receiver's blocks: nothing is copied or summed
 
 
 class KvDone(Message, frozen=True):
@@ -168,6 +169,7 @@ class Grant(Message, frozen=True):
     blocks: tuple[int, ...]  # pool ids at the receiver, for the request's blocks from first_block on
     first_block: int  # earlier blocks are in the receiver's prefix cache already
     lease_ms: int
+    prefix: tuple[int, ...] = ()  # those, for a sender whose steps can read them there
 
 
 class Run(Message, frozen=True):
@@ -244,10 +246,15 @@ class LayersReady(Message, frozen=True):
 
 
 class PeerUp(Message, frozen=True):
-    """A link to a peer is open. `one_sided`: the peer writes straight into our memory (and we into its)."""
+    """A link to a peer is open. `one_sided`: the peer writes straight into our memory (and we into its). `link` tells
+    it from those that were open to this peer before. `window`: where our steps can work in the peer's blocks
+    themselves, and its in ours: its block b is our block `window + b`, of `window_blocks`. None: they cannot."""
 
     peer: WorkerId
     one_sided: bool
+    link: int = 0
+    window: int | None = None
+    window_blocks: int = 0
 
 
 class PeerLost(Message, frozen=True):
@@ -344,12 +351,14 @@ class EndRun(Message, frozen=True):
 
 
 class SendFrame(Message, frozen=True):
-    """Send a frame to a peer, in order. For `KvData`: copy `source_blocks` (pool ids here) to `target_blocks`."""
+    """Send a frame to a peer over that link and no later one, in order. For `KvData`: copy `source_blocks` (pool ids
+    here) to `target_blocks`; none if the cells are in place already."""
 
     peer: WorkerId
     frame: Frame
     source_blocks: tuple[int, ...] = ()
     target_blocks: tuple[int, ...] = ()
+    link: int = 0
 
 
 class CancelSends(Message, frozen=True):
@@ -358,6 +367,7 @@ class CancelSends(Message, frozen=True):
     peer: WorkerId
     transfer: TransferId
     epoch: int
+    link: int = 0
 
 
 class ExpectKv(Message, frozen=True):

@@ -47,6 +47,7 @@ class Work:
         "source",
         "started",
         "tokens",
+        "window_blocks",
     )
 
     def __init__(self, request: Request, epoch: int, outputs: tuple[int, ...], kind: WorkKind, arrival: int) -> None:
@@ -68,6 +69,7 @@ class Work:
         self.source: WorkerId | None = None  # of a reservation: who will fill it
         self.sender: KvSender | None = None
         self.receiver: KvReceiver | None = None
+        self.window_blocks: list[int] | None = None  # of a send that works in the receiver's blocks: its table
         self.in_step = False
         self.started = False
         self.failed = False  # ended while its step was running: dropped when the step returns
@@ -97,6 +99,16 @@ class Work:
             start = len(keys) * block_size
             keys.append(block_key(keys[-1] if keys else root, self.tokens[start : start + block_size]))
         return keys[:num_blocks]
+
+    def enter_window(self, block_size: int) -> bool:
+        """Work in the receiver's blocks, from behind the prefix that it has cached. There is room: it has reserved
+        it."""
+        assert self.window_blocks is not None
+        assert self.sender is not None
+        self.blocks = self.window_blocks
+        self.num_cached = self.num_computed = self.sender.grant.first_block * block_size
+        self.num_registered = len(self.blocks)  # whom they can be found by is the receiver's business
+        return True
 
     def restart(self) -> None:
         """Its blocks are gone; everything known is to be computed again, and nothing is lost."""

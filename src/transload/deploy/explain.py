@@ -198,14 +198,19 @@ def _link_line(link: LinkPlan, placement: Placement, arch: ModelArch) -> LinkLin
     bytes_per_token = arch.kv_bytes_per_token(placement.dtype)
     num_bytes = math.ceil(PROMPT_TOKENS / pool.block_size) * pool.block_size * bytes_per_token
     num_chunks = math.ceil(PROMPT_TOKENS / max(pool.limits.step_tokens, pool.block_size))
+    is_direct = link.transport == "direct"
     return LinkLine(
         source=link.source,
         target=link.target,
-        crosses="KV cache of the prompt, once a request, layer by layer while it is computed",
+        crosses=(
+            "KV cache of the prompt, written where decode reads it while it is computed"
+            if is_direct
+            else "KV cache of the prompt, once a request, layer by layer while it is computed"
+        ),
         transport=link.transport,
         bytes_per_token=bytes_per_token,
         bytes_per_prompt=num_bytes,
-        frames_per_prompt=num_chunks * math.ceil(arch.num_layers / link.layers_per_frame),
+        frames_per_prompt=1 if is_direct else num_chunks * math.ceil(arch.num_layers / link.layers_per_frame),
         shm_seconds=num_bytes / SHM_BYTES_PER_SECOND,
         tcp_seconds=num_bytes / TCP_BYTES_PER_SECOND,
     )

@@ -238,6 +238,8 @@ class _Planner:
                 continue
             link = listed.get(frozenset((pool.name, pool.ffn.pool)))
             transport = self._transport(pool, pools[pool.ffn.pool], link)
+            if transport == "direct":
+                transport = "shm"  # activations are no blocks: a slot of shared memory is what they cross in
             hops.append(
                 HopPlan(
                     source=pool.name,
@@ -349,11 +351,12 @@ class _Planner:
         here = source.start == target.start == "here"
         transport: Transport = link.transport if link is not None else "auto"
         if here and transport == "auto":
-            return "shm" if self.machine.has_memfd and on_cpu else "tcp"
-        if here and transport == "shm" and not self.machine.has_memfd:
-            self.problems.append(
-                f'link between "{source.name}" and "{target.name}": shm needs Linux; set its transport to tcp'
-            )
+            return "direct" if self.machine.has_memfd and on_cpu else "tcp"
+        pair = f'link between "{source.name}" and "{target.name}"'
+        if here and transport in ("direct", "shm") and not self.machine.has_memfd:
+            self.problems.append(f"{pair}: {transport} needs Linux; set its transport to tcp")
+        elif transport == "direct" and not on_cpu:
+            self.problems.append(f"{pair}: direct needs both pools on device cpu; set its transport to shm")
         return transport
 
     # -- memory --------------------------------------------------------------------------------------------------------

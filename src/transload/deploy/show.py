@@ -135,7 +135,8 @@ def _times(link: LinkLine) -> str:
     """The transport in use first."""
     times = {"shm": link.shm_seconds, "tcp": link.tcp_seconds}
     names = sorted(times, key=lambda name: name != link.transport)
-    return "\n".join(f"{format_seconds(times[name])} over {name}" for name in names)
+    lines = [f"{format_seconds(times[name])} over {name}" for name in names]
+    return "\n".join(["none over direct", *lines] if link.transport == "direct" else lines)
 
 
 def _show_rules(explanation: Explanation, console: Console) -> None:

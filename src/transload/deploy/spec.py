@@ -17,7 +17,7 @@ from transload.hardware.parallel import Parallel
 PoolRole = Literal["aggregated", "prefill", "decode", "ffn"]
 """What a pool does. Workers of role ffn hold no requests; the Controller knows nothing of them."""
 DType = Literal["auto", "float32", "bfloat16"]
-Transport = Literal["auto", "shm", "tcp"]
+Transport = Literal["auto", "direct", "shm", "tcp"]
 Bytes = Annotated[int, Meta(ge=1, le=2**50, extra={"unit": "bytes"})]
 BytesPerSecond = Annotated[float, Meta(gt=0.0, le=1e18, extra={"unit": "bytes per second"})]
 Latency = Annotated[float, Meta(ge=0.0, le=60.0, extra={"unit": "seconds"})]
@@ -137,7 +137,8 @@ class Link(Part, frozen=True, kw_only=True):
     between: tuple[Name, Name]
     """The two pools, in either order."""
     transport: Transport = "auto"
-    """auto: shared memory if both workers are on one host, TCP otherwise."""
+    """direct: prefill works in the blocks of the decode worker, which must share its memory; shm: it copies into them;
+    tcp: between hosts. auto: direct if both workers are on one host, TCP otherwise. Activations go over shm or tcp."""
     layers_per_frame: Annotated[int, Meta(ge=1, le=65_536)] | None = None
     """Layers in a KV frame. None: about six frames a chunk."""
     window_frames: Annotated[int, Meta(ge=1, le=65_536)] = 32

@@ -27,7 +27,8 @@ IntArray = npt.NDArray[np.int64]
 
 
 class KvCache:
-    """A cache of `num_blocks` blocks; `buffer`, if given, is zeroed writable memory that must outlive it."""
+    """A cache of `num_blocks` blocks; `buffer`, if given, is zeroed writable memory that must outlive it. What of the
+    buffer lies behind them can be named by block numbers too: windows into the caches of others."""
 
     def __init__(
         self,
@@ -47,8 +48,10 @@ class KvCache:
             view = memoryview(buffer)
             assert not view.readonly, "the cache is written"
             assert view.nbytes >= num_blocks * layout.block_bytes, (view.nbytes, num_blocks, layout.block_bytes)
-            num_elements = num_blocks * layout.block_bytes // dtype.itemsize
-            self.tensor = torch.frombuffer(buffer, dtype=dtype, count=num_elements).view(shape)
+            num_table_blocks = view.nbytes // layout.block_bytes
+            num_elements = num_table_blocks * layout.block_bytes // dtype.itemsize
+            table = torch.frombuffer(buffer, dtype=dtype, count=num_elements)
+            self.tensor = table.view(num_table_blocks, *shape[1:])
         pieces_per_layer = 2 * layout.num_kv_heads
         pieces = self.tensor.view(-1, layout.block_size * layout.head_dim)
         rows = self.tensor.view(-1, layout.head_dim)

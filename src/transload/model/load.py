@@ -16,6 +16,7 @@ from transload.model.freeing import give_back_memory
 from transload.model.inventory import is_feed_forward
 from transload.model.layer_driver import LocalDriver
 from transload.model.llama import FfnCall
+from transload.model.native.library import load as native_library
 from transload.model.source import locate
 from transload.transfer.layout import kv_layout
 from transload.transfer.memory import KvMemory
@@ -38,12 +39,14 @@ def build_executor(plan: WorkerPlan) -> tuple[TorchExecutor, KvMemory, TorchFfnS
         model = build_attention_model(files.arch, tensors, dtype, plan.model.deterministic, device)
     give_back_memory()
     layout = kv_layout(files.arch, files.identity, plan.block_size, plan.dtype)
-    memory = KvMemory(layout, plan.num_blocks)
+    works_in_place = plan.device == "cpu" and not {"auto", "direct"}.isdisjoint(plan.transports.values())
+    memory = KvMemory(layout, plan.num_blocks, with_windows=works_in_place)
+    memory.kernels = native_library()
     executor = TorchExecutor(
         model,
         layout,
         plan.num_blocks,
-        buffer=memory.buffer,
+        buffer=memory.table,
         staged=plan.device != "cpu",
         threads=plan.threads,
         layers_per_frame=plan.layers_per_frame or files.arch.num_layers,

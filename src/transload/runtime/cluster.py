@@ -40,6 +40,8 @@ class VirtualWorker(msgspec.Struct, frozen=True, kw_only=True):
     layers_per_frame: int
     one_sided: bool = True
     """Whether its links write straight into the peer's memory, as shared memory does."""
+    in_place: bool = False
+    """Whether its steps can work in the blocks of peers that can work in its own: then nothing crosses. One-sided."""
 
 
 class VirtualSink(Protocol):
@@ -89,6 +91,12 @@ class KvContents(Protocol):
     def landed(self, source: WorkerId, send: SendFrame, /, *, intact: bool) -> None:
         """The cells lie at the target, or, if not `intact`, others than were sent."""
 
+    def window_opened(self, worker: WorkerId, window: int, peer: WorkerId, /) -> None:
+        """From now on the worker's blocks from this one on are the peer's."""
+
+    def window_closed(self, worker: WorkerId, window: int, /) -> None:
+        """What it touches there from now on is nobody's."""
+
     def worker_started(self, worker: WorkerId, num_blocks: int, /) -> None: ...
     def worker_ended(self, worker: WorkerId, /) -> None: ...
 
@@ -96,8 +104,12 @@ class KvContents(Protocol):
 class Link:
     """One direction between two workers: frames wait for the one on the wire."""
 
-    def __init__(self, source: LiveWorker, target: LiveWorker, wire: Wire, rank: int) -> None:
+    def __init__(self, source: LiveWorker, target: LiveWorker, wire: Wire, rank: int, number: int) -> None:
         self.source = source
+        self.number = number
+        """Of the links that the source has had, this is the so manieth."""
+        self.window: int | None = None
+        """Where the source's steps find the target's blocks."""
         self.target = target
         self.wire = wire
         self.rank = rank
@@ -136,6 +148,9 @@ class LiveWorker:
         self.is_declared_gone = False
         self.links: dict[WorkerId, Link] = {}
         """Outgoing ones, as far as its engine has heard of them."""
+        self.num_links = 0
+        self.window_end = spec.engine.num_blocks
+        """Blocks from here on are in no window yet."""
         self.permissions: dict[tuple[TransferId, int], ExpectKv] = {}
         self.step: RunStep | None = None
         self.step_began = 0.0

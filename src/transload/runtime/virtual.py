@@ -28,11 +28,9 @@ from transload.control.messages import (
     Finish,
     ForgetKv,
     HandoffFailed,
-    LinkMeasured,
     Load,
     Message,
     PeerLost,
-    PeerUp,
     Reject,
     Request,
     RequestFailed,
@@ -69,8 +67,8 @@ from transload.runtime.virtual_links import VirtualLinks
 from transload.runtime.virtual_steps import DrawToken, VirtualSteps
 
 CONTROLLER = WorkerId("controller")
-STEP_ENDS, OUTSIDE, TIMERS, MESSAGES, FRAMES = (kind << 40 for kind in range(5))
-"""Kinds of what happens, in the order in which they do if it is at the same time."""
+STEP_ENDS, OUTSIDE, TIMERS, MESSAGES = (kind << 40 for kind in range(4))
+"""Kinds of what happens, in the order in which they do if it is at the same time; frames come last."""
 READS_PROGRESS = (Cancelled, TimerFired, WorkerGone, WorkerJoined, HandoffFailed, RequestFailed)
 """What makes the controller look at how many tokens a request has."""
 
@@ -112,10 +110,9 @@ class VirtualRuntime:
         self._timers: dict[tuple[WorkerId, str], int] = {}
         self._last_message: dict[int, float] = {}
         self._incarnations = dict.fromkeys(self._specs, 0)
-        self._factors: dict[tuple[str, str], float] = {}
         steps_fault = None if step_fault is never_fails else step_fault
         self._steps = VirtualSteps(self, cost, draw_token, steps_fault, contents, watcher, machine, jumps=jumps)
-        self._links = VirtualLinks(self, None if frame_fault is faithful else frame_fault, contents, watcher)
+        self._links = VirtualLinks(self, cost, None if frame_fault is faithful else frame_fault, contents, watcher)
         self._obey_worker: dict[type, Callable[[LiveWorker, Any], None]] = {
             RunStep: self._steps.start,
             EndRun: self._steps.end_run,
@@ -128,42 +125,46 @@ class VirtualRuntime:
             CancelTimer: self._cancel_worker_timer,
         }
         for worker in self._specs:
-            self._outside(0.0, self._start_worker, worker)
+            self.outside(0.0, self._start_worker, worker)
 
     # -- what a caller does -------------------------------------------------------------------------------------------
 
     def submit(self, at_seconds: float, request: Request) -> None:
         """A request arrives at this time."""
-        self._outside(at_seconds, self._tell_controller, Arrived(request))
+        self.outside(at_seconds, self.tell_controller, Arrived(request))
 
     def cancel(self, at_seconds: float, request: RequestId) -> None:
         """Its caller goes away at this time."""
-        self._outside(at_seconds, self._tell_controller, Cancelled(request, "cancelled"))
+        self.outside(at_seconds, self.tell_controller, Cancelled(request, "cancelled"))
 
     def kill(self, at_seconds: float, worker: WorkerId) -> None:
         """The worker dies at this time, whatever it is doing."""
-        self._outside(at_seconds, self._kill_worker, worker)
+        self.outside(at_seconds, self._kill_worker, worker)
 
     def lose(self, at_seconds: float, worker: WorkerId, lingers_seconds: float) -> None:
         """The controller's connection to the worker breaks at this time; the process lives on for a while."""
-        self._outside(at_seconds, self._declare_gone, worker, lingers_seconds)
+        self.outside(at_seconds, self._declare_gone, worker, lingers_seconds)
 
     def pause(self, at_seconds: float, worker: WorkerId, seconds: float) -> None:
         """The worker stands still at this time, as a stopped process does: what comes in waits in its sockets. What
         others write straight into its memory lands all the same."""
-        self._outside(at_seconds, self._pause_worker, worker, seconds)
+        self.outside(at_seconds, self._pause_worker, worker, seconds)
 
     def shift_clock(self, at_seconds: float, worker: WorkerId, seconds: float) -> None:
         """The worker's clock jumps at this time."""
-        self._outside(at_seconds, self._shift_clock, worker, seconds)
+        self.outside(at_seconds, self._shift_clock, worker, seconds)
 
     def scale_link(self, at_seconds: float, source_pool: str, target_pool: str, factor: float) -> None:
         """From this time on the wires from one pool to another give so much of what they should."""
-        self._outside(at_seconds, self._scale_link, source_pool, target_pool, factor)
+        self.outside(at_seconds, self._links.scale_pools, source_pool, target_pool, factor)
+
+    def cut(self, at_seconds: float, one: WorkerId, other: WorkerId, seconds: float) -> None:
+        """The link between two workers breaks at this time and both live on; they are linked again so much later."""
+        self.outside(at_seconds, self._links.cut, one, other, seconds)
 
     def call(self, at_seconds: float, action: Callable[[], None]) -> None:
         """Do something of the caller's own at this time."""
-        self._outside(at_seconds, action)
+        self.outside(at_seconds, action)
 
     def run(self, arrivals: Iterable[tuple[float, Request]] = (), *, until: float = float("inf")) -> None:
         """Play the arrivals and everything that follows, to the end or up to a time. Timers alone do not keep a run
@@ -190,10 +191,10 @@ class VirtualRuntime:
         """One arrival at a time is on the heap: memory does not grow with the length of a trace."""
         following = next(source, None)
         if following is not None:
-            self._outside(following[0], self._arrive, following[1], source)
+            self.outside(following[0], self._arrive, following[1], source)
 
     def _arrive(self, request: Request, source: Iterator[tuple[float, Request]]) -> None:
-        self._tell_controller(Arrived(request))
+        self.tell_controller(Arrived(request))
         self._feed(source)
 
     # -- the heap -----------------------------------------------------------------------------------------------------
@@ -203,7 +204,8 @@ class VirtualRuntime:
             at_seconds = self.now
         heapq.heappush(self._heap, (at_seconds, rank, next(self._order), action, arguments))
 
-    def _outside(self, at_seconds: float, action: Callable[..., None], *arguments: object) -> None:
+    def outside(self, at_seconds: float, action: Callable[..., None], *arguments: object) -> None:
+        """Something that comes from nobody in the cluster."""
         self._at(at_seconds, OUTSIDE, action, arguments)
 
     def at_step_end(
@@ -216,7 +218,8 @@ class VirtualRuntime:
         """Something about a frame on a link."""
         self._at(at_seconds, link.rank, action, arguments)
 
-    def _tell_controller(self, event: ControllerEvent, times: Sequence[float] | None = None) -> None:
+    def tell_controller(self, event: ControllerEvent, times: Sequence[float] | None = None) -> None:
+        """Have the controller handle an event."""
         if isinstance(event, READS_PROGRESS):
             self.catch_up()
         if self._observe is not None:
@@ -242,9 +245,9 @@ class VirtualRuntime:
                     self._sink.reject(command, self.now)
                 case RestartWorker(worker, after_seconds):
                     at_seconds = self.now + after_seconds + self._cost.start_seconds(worker)
-                    self._outside(at_seconds, self._start_worker, worker)
+                    self.outside(at_seconds, self._start_worker, worker)
                 case SetTimer(key, after_seconds):
-                    self._set_timer(CONTROLLER, TIMERS, after_seconds, key, self._tell_controller, TimerFired(key))
+                    self._set_timer(CONTROLLER, TIMERS, after_seconds, key, self.tell_controller, TimerFired(key))
                 case CancelTimer(key):
                     self._timers.pop((CONTROLLER, key), None)
 
@@ -305,7 +308,7 @@ class VirtualRuntime:
         """What a worker said before it died is lost with its socket, unless it has arrived."""
         for event in events:
             if worker.is_alive and not worker.is_declared_gone:
-                self._tell_controller(event, times)
+                self.tell_controller(event, times)
 
     def _flight_arrives(self, worker: LiveWorker) -> None:
         landed = worker.flights.popleft().land(None)
@@ -324,6 +327,7 @@ class VirtualRuntime:
 
     def _send_frame(self, worker: LiveWorker, command: SendFrame) -> None:
         link = worker.links.get(command.peer)
+        assert link is None or link.number == command.link, "the engine sends over another link than it knows"
         if link is not None and link.is_open:  # else it has ended, and PeerLost has said so or will
             self._links.send(link, command)
 
@@ -384,47 +388,10 @@ class VirtualRuntime:
             kv_bytes_per_token,
             config.max_batch,
         )
-        self._tell_controller(joined)
+        self.tell_controller(joined)
         for peer in list(self.workers.values()):
             if {spec.role, peer.spec.role} == {"prefill", "decode"}:
-                self._link_up(worker, peer)
-
-    def _link_up(self, one: LiveWorker, other: LiveWorker) -> None:
-        for here, there in ((one, other), (other, one)):
-            wire = self._cost.wire(here.name, there.name)
-            wire.factor = self._factors.get((here.spec.pool, there.spec.pool), 1.0)
-            rank = FRAMES | here.index << 20 | there.index
-            link = self.links[here.name, there.name] = Link(here, there, wire, rank)
-            self._tell_link(here, PeerUp(there.name, here.spec.one_sided), link)
-        source, target = (one, other) if one.spec.role == "prefill" else (other, one)
-        self._measure(self.links[source.name, target.name])
-
-    def _measure(self, link: Link) -> None:
-        rate, latency = link.wire.bytes_per_second, link.wire.latency_seconds
-        self._tell_controller(LinkMeasured(link.source.name, link.target.name, "virtual", rate, latency))
-
-    def _scale_link(self, source_pool: str, target_pool: str, factor: float) -> None:
-        self._factors[source_pool, target_pool] = factor
-        links = [
-            link
-            for link in self.links.values()
-            if (link.source.spec.pool, link.target.spec.pool) == (source_pool, target_pool)
-        ]
-        self._links.scale(links, factor)
-        for link in links:
-            if link.source.spec.role == "prefill":
-                self._measure(link)
-
-    def _tell_link(self, worker: LiveWorker, event: PeerUp | PeerLost, link: Link | None) -> None:
-        """A link counts from when its engine hears of it: what the engine said before was meant for the one before."""
-        if worker.backlog is not None:
-            worker.backlog.append((self._tell_link, (worker, event, link)))
-            return
-        if link is not None:
-            worker.links[event.peer] = link
-        else:
-            worker.links.pop(event.peer, None)
-        self.tell_worker(worker, event)
+                self._links.link_up(worker, peer)
 
     def _kill_worker(self, name: WorkerId) -> None:
         worker = self.workers.get(name)
@@ -440,10 +407,10 @@ class VirtualRuntime:
             self._contents.worker_ended(name)
         for peer in list(self.workers.values()):
             if {worker.spec.role, peer.spec.role} == {"prefill", "decode"}:
-                self._tell_link(peer, PeerLost(name), None)
+                self._links.tell(peer, PeerLost(name), None)
         if not worker.is_declared_gone:
             gone = WorkerGone(name, worker.incarnation, "killed")
-            self._message(2 * worker.index + 1, self._tell_controller, gone)
+            self._message(2 * worker.index + 1, self.tell_controller, gone)
 
     def _declare_gone(self, name: WorkerId, lingers_seconds: float) -> None:
         worker = self.workers.get(name)
@@ -451,8 +418,8 @@ class VirtualRuntime:
             return
         self._settle(worker)
         worker.is_declared_gone = True
-        self._tell_controller(WorkerGone(name, worker.incarnation, "lost its connection"))
-        self._outside(self.now + lingers_seconds, self._kill_incarnation, worker)
+        self.tell_controller(WorkerGone(name, worker.incarnation, "lost its connection"))
+        self.outside(self.now + lingers_seconds, self._kill_incarnation, worker)
 
     def _kill_incarnation(self, worker: LiveWorker) -> None:
         if worker.is_alive:
@@ -465,7 +432,7 @@ class VirtualRuntime:
         self._settle(worker)
         self._steps.end_run(worker)
         worker.backlog = deque()
-        self._outside(self.now + seconds, self._resume_worker, worker)
+        self.outside(self.now + seconds, self._resume_worker, worker)
 
     def _resume_worker(self, worker: LiveWorker) -> None:
         backlog, worker.backlog = worker.backlog, None

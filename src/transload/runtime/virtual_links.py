@@ -4,12 +4,32 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from transload.control.messages import CancelSends, KvData, PeerFrame, SendFrame, SendsDrained
+from transload.control.messages import (
+    CancelSends,
+    Frame,
+    KvData,
+    LinkMeasured,
+    PeerFrame,
+    PeerLost,
+    PeerUp,
+    SendFrame,
+    SendsDrained,
+    WorkerId,
+)
 from transload.runtime.cluster import FrameFault, KvContents, Link, LiveWorker, Watcher, is_intact
+from transload.runtime.cost import CostModel
 from transload.runtime.flows import Flow, Flows
+
+FRAMES = 4 << 40
+"""Their place in the order of what happens at the same time: after everything else."""
 
 if TYPE_CHECKING:
     from transload.runtime.virtual import VirtualRuntime
+
+
+def crosses(frame: Frame) -> bool:
+    """Whether cells are copied: not those that lie where they belong."""
+    return isinstance(frame, KvData) and not frame.in_place
 
 
 class VirtualLinks:
@@ -18,15 +38,91 @@ class VirtualLinks:
     def __init__(
         self,
         runtime: VirtualRuntime,
+        cost: CostModel,
         frame_fault: FrameFault | None,
         contents: KvContents | None,
         watcher: Watcher | None,
     ) -> None:
         self._runtime = runtime
+        self._cost = cost
+        self._factors: dict[tuple[str, str], float] = {}
         self._frame_fault = frame_fault
         self._contents = contents
         self._watcher = watcher
         self._flows = Flows(self._foretell)
+
+    # -- links come and go --------------------------------------------------------------------------------------------
+
+    def link_up(self, one: LiveWorker, other: LiveWorker) -> None:
+        """Two workers have met."""
+        for here, there in ((one, other), (other, one)):
+            wire = self._cost.wire(here.name, there.name)
+            wire.factor = self._factors.get((here.spec.pool, there.spec.pool), 1.0)
+            rank = FRAMES | here.index << 20 | there.index
+            link = self._runtime.links[here.name, there.name] = Link(here, there, wire, rank, here.num_links)
+            here.num_links += 1
+            self.tell(here, self._up(link), link)
+        source, target = (one, other) if one.spec.role == "prefill" else (other, one)
+        self._measure(self._runtime.links[source.name, target.name])
+
+    def _up(self, link: Link) -> PeerUp:
+        here, there = link.source, link.target
+        num_blocks = there.spec.engine.num_blocks
+        if here.spec.in_place and there.spec.in_place:
+            link.window, here.window_end = here.window_end, here.window_end + num_blocks
+            if self._contents is not None:
+                self._contents.window_opened(here.name, link.window, there.name)
+        return PeerUp(there.name, here.spec.one_sided, link.number, link.window, num_blocks)
+
+    def _measure(self, link: Link) -> None:
+        rate, latency = link.wire.bytes_per_second, link.wire.latency_seconds
+        self._runtime.tell_controller(LinkMeasured(link.source.name, link.target.name, "virtual", rate, latency))
+
+    def scale_pools(self, source_pool: str, target_pool: str, factor: float) -> None:
+        """From now on the wires from one pool to another give so much of what they should."""
+        self._factors[source_pool, target_pool] = factor
+        links = [
+            link
+            for link in self._runtime.links.values()
+            if (link.source.spec.pool, link.target.spec.pool) == (source_pool, target_pool)
+        ]
+        for link in links:
+            link.wire.factor = factor
+        self._flows.changed([link.wire for link in links], self._runtime.now)
+        for link in links:
+            if link.source.spec.role == "prefill":
+                self._measure(link)
+
+    def tell(self, worker: LiveWorker, event: PeerUp | PeerLost, link: Link | None) -> None:
+        """A link counts from when its engine hears of it: what the engine said before was meant for the one before."""
+        if worker.backlog is not None:
+            worker.backlog.append((self.tell, (worker, event, link)))
+            return
+        if link is not None:
+            worker.links[event.peer] = link
+        else:
+            worker.links.pop(event.peer, None)
+        self._runtime.tell_worker(worker, event)
+
+    def cut(self, one: WorkerId, other: WorkerId, seconds: float) -> None:
+        """Their link breaks and they live on; so much later one of them has dialed the other again."""
+        links = self._runtime.links
+        pairs = [pair for pair in ((one, other), (other, one)) if pair in links]
+        for pair in pairs:
+            link = links.pop(pair)
+            self.break_link(link, source_died=False)
+            self.tell(link.source, PeerLost(link.target.name), None)
+            if link.source.spec.role == "prefill":
+                self._runtime.tell_controller(LinkMeasured(*pair, "", 0.0, 0.0))
+        if pairs:
+            here, there = (self._runtime.workers[worker] for worker in (one, other))
+            self._runtime.outside(self._runtime.now + seconds, self._mend, here, there)
+
+    def _mend(self, here: LiveWorker, there: LiveWorker) -> None:
+        if here.is_alive and there.is_alive and (here.name, there.name) not in self._runtime.links:
+            self.link_up(here, there)
+
+    # -- frames -------------------------------------------------------------------------------------------------------
 
     def send(self, link: Link, send: SendFrame) -> None:
         """Put a frame in line."""
@@ -39,8 +135,8 @@ class VirtualLinks:
         while link.is_open and link.current is None and link.queue:
             send = link.current = link.queue.popleft()
             frame = send.frame
-            num_bytes = frame.num_bytes if isinstance(frame, KvData) else 0
-            if isinstance(frame, KvData) and self._contents is not None:
+            num_bytes = frame.num_bytes if isinstance(frame, KvData) and crosses(frame) else 0
+            if crosses(frame) and self._contents is not None:
                 self._contents.send_started(link.source.name, send)
             if num_bytes:
                 link.flow = self._flows.start(link, link.wire, num_bytes, self._runtime.now)
@@ -94,13 +190,13 @@ class VirtualLinks:
         """The source has been read. A one-sided write is in place with that, whatever becomes of the frame: the
         receiver cannot refuse it, so it must hit blocks that are granted to this transfer or kept aside for it."""
         target = link.target
-        if self._contents is not None:
+        if crosses(send.frame) and self._contents is not None:
             self._contents.send_ended(link.source.name, send)
         if target.spec.one_sided:
             transfer = send.frame.transfer
             granted = (transfer, send.frame.epoch) in target.permissions or target.engine.pool.is_quarantined(transfer)
             assert granted, f"{target.name}: a write of transfer {transfer} hits foreign blocks"
-            if self._contents is not None:
+            if crosses(send.frame) and self._contents is not None:
                 self._contents.landed(link.source.name, send, intact=intact)
 
     def _arrive(self, target: LiveWorker, send: SendFrame, event: PeerFrame) -> None:
@@ -135,15 +231,11 @@ class VirtualLinks:
         if link.flow is not None:
             self._flows.end(link.flow, self._runtime.now)
             link.flow = None
-        if self._contents is not None and link.current is not None and isinstance(link.current.frame, KvData):
+        if self._contents is not None and link.current is not None and crosses(link.current.frame):
             self._contents.send_ended(link.source.name, link.current)
             if source_died and link.target.spec.one_sided:
                 self._contents.landed(link.source.name, link.current, intact=False)
+        if link.window is not None and self._contents is not None:
+            self._contents.window_closed(link.source.name, link.window)
         for drain in link.drains:
             self.drained(link.source, drain)
-
-    def scale(self, links: list[Link], factor: float) -> None:
-        """From now on these links give so much of what they should."""
-        for link in links:
-            link.wire.factor = factor
-        self._flows.changed([link.wire for link in links], self._runtime.now)

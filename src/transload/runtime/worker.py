@@ -13,13 +13,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import queue
 import signal
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from transload.control.engine import Engine, EngineConfig
@@ -32,18 +30,19 @@ from transload.control.messages import (
     EngineReport,
     ExpectKv,
     ForgetKv,
-    LayersReady,
     Message,
     PeerLost,
     PeerUp,
     RunStep,
     SendFrame,
     SetTimer,
-    StepFailed,
+    StepDone,
     TimerFired,
     ToController,
     WorkerId,
 )
+from transload.control.redial import Redial
+from transload.control.step_watch import StepWatch
 from transload.deploy.plan import WorkerPlan
 from transload.errors import TransloadError, WorkerLost
 from transload.runtime.base import Executor, FfnCompute, FfnSource
@@ -51,6 +50,7 @@ from transload.runtime.event_log import EventLog
 from transload.runtime.ffn_hop import HopSide
 from transload.runtime.ffn_service import FfnService
 from transload.runtime.process_memory import resident_bytes
+from transload.runtime.step_thread import StepThread, StepWindows
 from transload.runtime.wire import (
     JOIN_SECONDS,
     JOIN_TOKEN,
@@ -75,12 +75,15 @@ from transload.runtime.wire import (
     Wire,
     prove,
 )
+from transload.transfer.arena import Window
 from transload.transfer.ffn_meeting import Party
 from transload.transfer.layout import KvLayout
 from transload.transfer.link import LinkOptions
 from transload.transfer.links import LinkFailed, Links
 from transload.transfer.memory import KvMemory
 
+ALIVE_SECONDS = 1.0
+"""Between two signs of life."""
 SLOW_LINK_SECONDS = 1e-3
 """Latency of a link whose peer was too busy to answer."""
 T = TypeVar("T")
@@ -88,42 +91,6 @@ SHUT_DOWN = "the front end has shut down"
 Built = tuple[Executor, KvMemory, FfnSource]
 BuildExecutor = Callable[[WorkerPlan], Built]
 BuildFfn = Callable[[WorkerPlan], FfnCompute]
-
-
-class StepThread(threading.Thread):
-    """Runs one step after another, so that torch stays on one thread and the event loop stays free."""
-
-    def __init__(self, executor: Executor, hand_back: Callable[[EngineEvent], None]) -> None:
-        super().__init__(name="steps", daemon=True)
-        self._executor = executor
-        self._hand_back = hand_back
-        self._steps: queue.SimpleQueue[RunStep | Callable[[], None] | None] = queue.SimpleQueue()
-
-    def submit(self, step: RunStep) -> None:
-        self._steps.put(step)
-
-    def call(self, action: Callable[[], None]) -> None:
-        """Do this between two steps. It must not raise."""
-        self._steps.put(action)
-
-    def stop(self) -> None:
-        self._steps.put(None)
-
-    def run(self) -> None:
-        while (step := self._steps.get()) is not None:
-            if not isinstance(step, RunStep):
-                step()
-                continue
-            number = step.step
-            try:
-                event: EngineEvent = self._executor.run_step(
-                    step,
-                    lambda low, high, number=number: self._hand_back(LayersReady(number, low, high)),  # type: ignore[misc]
-                )
-            except Exception as error:
-                traceback.print_exc()
-                event = StepFailed(number, f"{type(error).__name__}: {error}")
-            self._hand_back(event)
 
 
 class WorkerProcess:
@@ -142,6 +109,8 @@ class WorkerProcess:
         self._plan: WorkerPlan | None = None
         self._engine: Engine | None = None
         self._steps: StepThread | None = None
+        self._windows: StepWindows | None = None
+        self._watch = StepWatch()
         self._links: Links | None = None
         self._memory: KvMemory | None = None
         self._hop: HopSide | None = None
@@ -150,6 +119,8 @@ class WorkerProcess:
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._link_bytes: dict[WorkerId, int] = {}  # sent when last reported
         self._link_latency: dict[WorkerId, float] = {}
+        self._redial = Redial()
+        self._dials: dict[WorkerId, ConnectPeer] = {}
         self._background: set[asyncio.Task[None]] = set()
 
     async def run(self) -> str:
@@ -175,9 +146,10 @@ class WorkerProcess:
                 self._wire.send(Join(self._name, prove(self._token, nonce, self._name), os.getpid()))
             case Welcome():
                 self._spawn(self._start(frame))
-            case ConnectPeer(peer, address, transport):
-                assert self._links is not None
-                self._links.connect(peer, address, transport)
+            case ConnectPeer(peer):
+                self._dials[peer] = frame
+                self._redial.wanted(peer)
+                self._dial(frame)
             case ConnectFfn() | DisconnectFfn() | OpenHop() | SwitchFfn():
                 assert self._hop is not None
                 self._hop.take(frame)
@@ -289,7 +261,8 @@ class WorkerProcess:
         if welcome.event_log is not None:
             self._log = EventLog(welcome.event_log, self._name, welcome.incarnation)
         self._engine = Engine(engine_config(plan, layout, executor.num_blocks, welcome.incarnation))
-        self._steps = StepThread(executor, self._hand_over)
+        self._windows = StepWindows(executor.num_blocks)
+        self._steps = StepThread(executor, self._hand_over, self._hand_over_step)
         self._hop = HopSide(feed_forwards, self._party(welcome), self._steps.call, self._send_from_thread)
         if plan.hop is not None:
             self._hop.begin(plan.hop)
@@ -304,7 +277,7 @@ class WorkerProcess:
             deliver=self._hand_over,
             report=self._hand_over_failure,
             bind_host=local,
-            options=LinkOptions(window_frames=plan.window_frames),
+            options=LinkOptions(window_frames=plan.window_frames, silence_seconds=2 * plan.lease_seconds),
         )
 
     def _fail(self, reason: str) -> None:
@@ -313,7 +286,10 @@ class WorkerProcess:
 
     async def _stay_alive(self) -> None:
         while True:
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(ALIVE_SECONDS)
+            hangs = self._watch.tick(ALIVE_SECONDS)
+            if hangs is not None:
+                self._fail(hangs)
             self._wire.send(Alive())
             self._report_links()
             self._report_feed_forwards()
@@ -339,6 +315,15 @@ class WorkerProcess:
         with contextlib.suppress(RuntimeError):  # the loop has ended: so has this worker
             self._loop.call_soon_threadsafe(self._handle, event)
 
+    def _hand_over_step(self, event: EngineEvent, closed: Sequence[Window]) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._step_returned, event, closed)
+
+    def _step_returned(self, event: EngineEvent, closed: Sequence[Window]) -> None:
+        assert self._windows is not None
+        self._watch.end(event.seconds if isinstance(event, StepDone) else None)
+        self._handle(self._windows.judge(event, closed))
+
     def _handle(self, event: EngineEvent) -> None:
         engine = self._engine
         if engine is None or self._closed.done():
@@ -346,11 +331,11 @@ class WorkerProcess:
         now = time.monotonic()
         if self._log is not None:
             self._log.write(now, event)
+        if isinstance(event, PeerUp | PeerLost):
+            self._link_changed(event)
         reports: list[EngineReport] = []
         for command in engine.handle(event, now):
             self._obey(command, reports)
-        if isinstance(event, PeerUp | PeerLost):
-            self._link_changed(event)
         if reports:
             self._wire.send(Report(tuple(reports)))
 
@@ -361,7 +346,9 @@ class WorkerProcess:
                 reports.append(event)  # type: ignore[arg-type]
             case RunStep():
                 assert self._steps is not None
-                self._steps.submit(command)
+                assert self._windows is not None
+                self._watch.begin(command)
+                self._steps.submit(command, self._windows.of_step(command))
             case SendFrame():
                 self._links.send(command)
             case ExpectKv():
@@ -393,15 +380,34 @@ class WorkerProcess:
 
     # -- links --------------------------------------------------------------------------------------------------------
 
+    def _dial(self, wanted: ConnectPeer) -> None:
+        assert self._links is not None
+        self._links.connect(wanted.peer, wanted.address, wanted.transport)
+
+    def _dial_again(self, peer: WorkerId) -> None:
+        """If it was us who dialed: the link is down, and nobody says that the peer is."""
+        pause_seconds = self._redial.down(peer)
+        if pause_seconds is not None:
+            self._loop.call_later(pause_seconds, self._pause_over, peer)
+
+    def _pause_over(self, peer: WorkerId) -> None:
+        if not self._closed.done() and self._redial.due(peer):
+            self._dial(self._dials[peer])
+
     def _link_changed(self, event: PeerUp | PeerLost) -> None:
+        assert self._links is not None
+        assert self._windows is not None
+        self._windows.link_changed(event, self._links.windows())
         match event:
-            case PeerUp(peer, one_sided):
+            case PeerUp(peer):
+                self._redial.up(peer)
                 self._link_bytes[peer] = 0
-                transport, rate = ("shm", 8e9) if one_sided else ("tcp", 1e9)  # until something has been sent
+                transport, rate = _first_guess(event)
                 self._spawn(self._measure_link(peer, transport, rate))
             case PeerLost(peer):
                 self._link_bytes.pop(peer, None)
                 self._wire.send(LinkState(peer, "", 0.0, 0.0, "the link was lost"))
+                self._dial_again(peer)
 
     async def _measure_link(self, peer: WorkerId, transport: str, bytes_per_second: float) -> None:
         """Say that the link is up, and how long a word takes over it."""
@@ -416,6 +422,7 @@ class WorkerProcess:
         """A link that did not come up, or broke: the front end shows it, and stops routing over it."""
         peer = failed.peer or WorkerId("unknown")
         self._wire.send(LinkState(peer, "", 0.0, 0.0, failed.reason))
+        self._dial_again(peer)
 
     def _report_links(self) -> None:
         """Tell the router what the links have given lately."""
@@ -443,6 +450,13 @@ class WorkerProcess:
         if self._log is not None:
             self._log.close()
         self._wire.close()
+
+
+def _first_guess(link: PeerUp) -> tuple[str, float]:
+    """Transport and bytes a second of a link, until something has been sent."""
+    if link.window is not None:
+        return "direct", 1e12
+    return ("shm", 8e9) if link.one_sided else ("tcp", 1e9)
 
 
 def engine_config(plan: WorkerPlan, layout: KvLayout, num_blocks: int, incarnation: int) -> EngineConfig:

@@ -233,6 +233,7 @@ def virtual_workers(cluster: SimulatedCluster, seed: int, *, jumps: bool = True)
     """The workers of a cluster as the virtual runtime takes them."""
     layers_per_frame = {link.source: link.layers_per_frame for link in cluster.links}
     leases = {name: link.lease_seconds for link in cluster.links for name in (link.source, link.target)}
+    apart = {name for link in cluster.links if not link.in_place for name in (link.source, link.target)}
     num_layers = cluster.card.num_layers
     workers: list[VirtualWorker] = []
     for pool in cluster.pools:
@@ -261,6 +262,7 @@ def virtual_workers(cluster: SimulatedCluster, seed: int, *, jumps: bool = True)
                     pool=spec.name,
                     role=role,
                     layers_per_frame=layers_per_frame.get(spec.name, num_layers),
+                    in_place=spec.name not in apart,
                 )
             )
     return workers

@@ -103,6 +103,8 @@ class SimulatedLink(msgspec.Struct, frozen=True, kw_only=True):
     shared_bytes_per_second: float | None
     layers_per_frame: int
     lease_seconds: float
+    in_place: bool
+    """Prefill works in the blocks of the decode workers: nothing crosses."""
 
     @property
     def bytes_per_second(self) -> float:
@@ -338,6 +340,7 @@ def _link(
         shared_bytes_per_second=link.shared_bandwidth_bytes_per_second,
         layers_per_frame=min(card.num_layers, link.layers_per_frame or _layers_per_frame(source, card, kv, rate)),
         lease_seconds=link.lease_seconds,
+        in_place=link.transport == "direct",
     )
     return made, quantities, notes
 

@@ -28,7 +28,7 @@ from transload.errors import HandoffError
 from transload.transfer.wire import PREFIX, check_header, pack, unpack_prefix
 
 MAGIC = "transload-link"
-VERSION = 1
+VERSION = 2
 LINKED, CROSSED = "already linked", "dialed from both sides"
 """Refusals that are no failure: a link is there, comes up, or is about to end. The dialer looks again."""
 _MAX_HEADER_BYTES = 4096
@@ -51,6 +51,8 @@ class Hello(_Word, frozen=True, kw_only=True):
     layout_digest: bytes
     num_blocks: int
     one_sided: bool
+    in_place: bool = False
+    """Steps here can work in the other's blocks. Both must be able to, or neither does."""
     nonce: bytes = msgspec.field(default_factory=lambda: os.urandom(_NONCE_BYTES))
 
 

@@ -67,6 +67,8 @@ class LinkOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Frames that may wait for a peer before it counts as lost."""
     handshake_seconds: float = 5.0
     """For dialing and the whole handshake."""
+    silence_seconds: float = 20.0
+    """How long a peer on another host may acknowledge nothing before the link counts as cut."""
     stall_seconds: float = 30.0
     """How long a peer may stop in the middle of a frame, or read nothing while we send."""
 
@@ -79,8 +81,8 @@ class Carrier(Protocol):
     sending: CellMover
     receiving: CellMover
 
-    def check(self, command: SendFrame, frame: KvData) -> None: ...
-    def send(self, command: SendFrame, frame: KvData) -> None: ...
+    def check(self, command: SendFrame, frame: KvData, /) -> None: ...
+    def send(self, command: SendFrame, frame: KvData, /) -> None: ...
     def receive(self, frame: KvData, payload_bytes: int, permit: Permit | None) -> tuple[KvData, int]: ...
     def close(self) -> None: ...
 
@@ -103,6 +105,10 @@ class Link:
     ) -> None:
         self.peer = peer
         self.incarnation = incarnation
+        self.number = 0
+        """Of the links to this peer, this is the so manieth: set before it is started."""
+        self.window = peer_memory.window if peer_memory is not None else None
+        """Where our steps can work in the peer's blocks."""
         self.ended = threading.Event()
         """Set when `PeerLost` has been delivered: no event of this link comes after it."""
         self._sock = sock
@@ -150,11 +156,8 @@ class Link:
         """Queue a frame. Raises `HandoffError` for cells that are not in this pool, or have no place in the peer's."""
         if isinstance(command.frame, KvData):
             self._check_sizes(command.frame)
-            num_blocks = command.frame.block_hi - command.frame.block_lo
-            if len(command.source_blocks) != num_blocks:
-                raise HandoffError(f"{command.frame} has {num_blocks} blocks, but {len(command.source_blocks)} sources")
-            if min(command.source_blocks) < 0 or max(command.source_blocks) >= self._cells.num_blocks:
-                raise HandoffError(f"{command.frame} has sources outside our blocks 0..{self._cells.num_blocks}")
+            if not command.frame.in_place:
+                self._check_sources(command, command.frame)
             self._carrier.check(command, command.frame)
         try:
             self._outbox.put(command)
@@ -228,6 +231,13 @@ class Link:
         if frame.num_bytes != num_layers * num_blocks * self._cells.cell_bytes:
             raise HandoffError(f"{frame} says {frame.num_bytes} bytes for {num_layers} x {num_blocks} cells")
 
+    def _check_sources(self, command: SendFrame, frame: KvData) -> None:
+        num_blocks = frame.block_hi - frame.block_lo
+        if len(command.source_blocks) != num_blocks:
+            raise HandoffError(f"{frame} has {num_blocks} blocks, but {len(command.source_blocks)} sources")
+        if min(command.source_blocks) < 0 or max(command.source_blocks) >= self._cells.num_blocks:
+            raise HandoffError(f"{frame} has sources outside our blocks 0..{self._cells.num_blocks}")
+
     # ----- the sender thread
 
     def _run_sender(self) -> None:
@@ -270,8 +280,13 @@ class Link:
 
     # ----- the receiver thread
 
+    def _up(self) -> PeerUp:
+        window = self.window
+        first_block, num_blocks = (window.first_block, window.num_blocks) if window is not None else (None, 0)
+        return PeerUp(self.peer, self._carrier.one_sided, self.number, first_block, num_blocks)
+
     def _run_receiver(self) -> None:
-        self._deliver(PeerUp(self.peer, self._carrier.one_sided))
+        self._deliver(self._up())
         try:
             while True:
                 self._receive(*self._reader.read_header())

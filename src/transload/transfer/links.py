@@ -15,6 +15,7 @@ import msgspec
 
 from transload.control.messages import CancelSends, ExpectKv, ForgetKv, LinkMeasured, SendFrame, SendsDrained, WorkerId
 from transload.errors import HandoffError
+from transload.transfer.arena import Window
 from transload.transfer.cells import Cells
 from transload.transfer.gauge import LinkStats
 from transload.transfer.hello import Hello, LinkRefused
@@ -75,7 +76,7 @@ class Links:
         self._deliver = deliver
         self._report = report
         self._options = options or LinkOptions()
-        self._cells = Cells(memory.buffer, layout, memory.num_blocks)
+        self._cells = Cells(memory.buffer, layout, memory.num_blocks, memory.kernels)
         self._permits = Permits(memory.num_blocks)
         self._registry = Registry(me)
         self._lock = threading.Lock()
@@ -108,19 +109,23 @@ class Links:
     # ----- the engine's commands
 
     def send(self, command: SendFrame) -> None:
-        """Queue a frame. Without a link it is dropped: `PeerLost` has said so, or will. Raises `HandoffError` for a
-        frame whose cells do not exist."""
-        link = self._registry.find(command.peer)
+        """Queue a frame on the link that it is for. If that has ended it is dropped: `PeerLost` has said so, or will.
+        Raises `HandoffError` for a frame whose cells do not exist."""
+        link = self._find(command)
         if link is not None:
             link.send(command)
 
     def cancel_sends(self, command: CancelSends) -> None:
         """Drop the transfer's waiting data. `SendsDrained` follows once, in every case."""
-        link = self._registry.find(command.peer)
+        link = self._find(command)
         if link is not None:
             link.cancel(command)
         else:
             self._deliver(SendsDrained(command.transfer, command.epoch))
+
+    def _find(self, command: SendFrame | CancelSends) -> Link | None:
+        link = self._registry.find(command.peer)
+        return link if link is not None and link.number == command.link else None
 
     def expect(self, command: ExpectKv) -> None:
         """Let a transfer in. Raises `HandoffError` for blocks that are not in the pool."""
@@ -159,6 +164,10 @@ class Links:
         link = self._registry.find(peer)
         if link is not None:
             link.fail(None)
+
+    def windows(self) -> list[Window]:
+        """Those of the links that have not ended: where steps can work in a peer's blocks."""
+        return [link.window for link in self._registry.all() if link.window is not None]
 
     def stats(self) -> list[LinkStats]:
         """One entry per link that has not ended."""

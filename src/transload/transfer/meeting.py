@@ -22,7 +22,8 @@ from transload.transfer.memory import KvMemory, PeerMemory
 from transload.transfer.registry import Registry
 from transload.transfer.wire import tune_tcp
 
-TransportChoice = Literal["auto", "shm", "tcp"]
+TransportChoice = Literal["auto", "direct", "shm", "tcp"]
+"""direct: steps work in the peer's blocks; shm: cells are copied there; auto: the first of all that is possible."""
 _RETRY_SECONDS = 0.05
 
 
@@ -102,9 +103,9 @@ class Meeting:
         deadline = time.monotonic() + self._options.handshake_seconds
         handshake = Handshake(sock, self._hello(one_sided), self._secret, deadline)
         with self._cleanup(attempt, sock, handshake):
-            tune_tcp(sock)
+            tune_tcp(sock, self._options.silence_seconds)
             peer = handshake.accept()
-            link = self._make_link(peer, sock, self._map(handshake, peer))
+            link = self._make_link(peer, sock, self._map(handshake, peer, in_place=True))
             # Half the time, so that the dialer, who began earlier, still hears why not.
             patience = deadline - self._options.handshake_seconds / 2
             refusal = self._registry.register(link, dialed=False, deadline=patience)
@@ -117,11 +118,11 @@ class Meeting:
 
     def _dial_once(self, attempt: Attempt, address: PeerAddress, transport: TransportChoice, deadline: float) -> None:
         sock, one_sided = self._reach(attempt, address, transport, deadline)
-        hello = self._hello(one_sided, address.worker, address.incarnation)
+        hello = self._hello(one_sided, address.worker, address.incarnation, in_place=transport in ("auto", "direct"))
         handshake = Handshake(sock, hello, self._secret, deadline)
         with self._cleanup(attempt, sock, handshake):
             peer = handshake.dial(self._memory.fd if one_sided else None)
-            link = self._make_link(peer, sock, self._map(handshake, peer))
+            link = self._make_link(peer, sock, self._map(handshake, peer, in_place=hello.in_place))
             refusal = self._registry.register(link, dialed=True, deadline=deadline)
             if refusal is None:
                 self._open(attempt, link, lambda: None)
@@ -153,17 +154,20 @@ class Meeting:
         finally:
             handshake.close()
 
-    def _map(self, handshake: Handshake, peer: Hello) -> PeerMemory | None:
+    def _map(self, handshake: Handshake, peer: Hello, *, in_place: bool) -> PeerMemory | None:
         if not peer.one_sided:
             return None
+        arena = self._memory.arena if in_place and peer.in_place else None
         try:
-            return PeerMemory(handshake.take_fd(), self._memory.layout, peer.num_blocks)
+            return PeerMemory(handshake.take_fd(), self._memory.layout, peer.num_blocks, arena)
         except LinkRefused:
             raise
         except HandoffError as error:
             raise handshake.refuse(Refusal("memory", str(error), "a KV pool")) from error
 
-    def _hello(self, one_sided: bool, peer: WorkerId | None = None, peer_incarnation: int = 0) -> Hello:
+    def _hello(
+        self, one_sided: bool, peer: WorkerId | None = None, peer_incarnation: int = 0, *, in_place: bool = True
+    ) -> Hello:
         return Hello(
             worker=self._address.worker,
             incarnation=self._address.incarnation,
@@ -172,6 +176,7 @@ class Meeting:
             layout_digest=self._address.layout_digest,
             num_blocks=self._memory.num_blocks,
             one_sided=one_sided,
+            in_place=in_place and one_sided and self._memory.arena is not None,
         )
 
     def _reach(
@@ -180,35 +185,35 @@ class Meeting:
         """A connected socket, and whether the link over it is one-sided."""
         me = self._address
         shares_memory = bool(me.unix_name and address.unix_name) and me.host_id == address.host_id != ""
-        if transport == "shm" and not shares_memory:
+        if transport in ("direct", "shm") and not shares_memory:
             raise HandoffError(
-                f"shm needs two workers on one Linux host: {me.worker} is on {me.host_id or 'an unknown one'}, "
+                f"{transport} needs two workers on one Linux host: {me.worker} is on {me.host_id or 'an unknown one'}, "
                 f"{address.worker} on {address.host_id or 'an unknown one'}; use tcp or auto"
             )
         if transport != "tcp" and shares_memory:
             try:
-                return _connect(attempt, socket.AF_UNIX, "\0" + address.unix_name, deadline), True
+                return self._connect(attempt, socket.AF_UNIX, "\0" + address.unix_name, deadline), True
             except ConnectionRefusedError:
                 # One kernel, but not one network namespace: the name is not known here. Or nobody lives there any more.
-                if transport == "shm":
+                if transport != "auto":
                     raise
-        return _connect(attempt, family_of(address.host), (address.host, address.port), deadline), False
+        target = address.host, address.port
+        return self._connect(attempt, family_of(address.host), target, deadline), False
 
-
-def _connect(
-    attempt: Attempt, family: socket.AddressFamily, target: str | tuple[str, int], deadline: float
-) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    attempt.hold(sock)
-    try:
-        tune_tcp(sock)
-        sock.settimeout(max(0.001, deadline - time.monotonic()))
-        sock.connect(target)
-    except BaseException:
-        attempt.let_go()
-        sock.close()
-        raise
-    return sock
+    def _connect(
+        self, attempt: Attempt, family: socket.AddressFamily, target: str | tuple[str, int], deadline: float
+    ) -> socket.socket:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        attempt.hold(sock)
+        try:
+            tune_tcp(sock, self._options.silence_seconds)
+            sock.settimeout(max(0.001, deadline - time.monotonic()))
+            sock.connect(target)
+        except BaseException:
+            attempt.let_go()
+            sock.close()
+            raise
+        return sock
 
 
 def _shut(sock: socket.socket) -> None:

@@ -13,6 +13,8 @@ import stat
 import sys
 
 from transload.errors import HandoffError, MachineError
+from transload.transfer.arena import Arena, Window
+from transload.transfer.cells import CellKernels
 from transload.transfer.layout import KvLayout
 
 if sys.platform == "linux":
@@ -24,15 +26,18 @@ if sys.platform == "linux":
 class KvMemory:
     """The pool of this worker: `num_blocks` blocks of `layout`, zeroed, resident before the first use.
 
-    Raises `MachineError` if the machine has not that much memory.
+    `with_windows`: make room for the pools of peers beside it, if the system has addresses for that; then steps work in
+    `table`. Raises `MachineError` if the machine has not that much memory.
     """
 
-    def __init__(self, layout: KvLayout, num_blocks: int) -> None:
+    def __init__(self, layout: KvLayout, num_blocks: int, *, with_windows: bool = False) -> None:
         if num_blocks < 1:
             raise MachineError(f"a KV pool needs at least one block, got num_blocks={num_blocks}")
         self.layout = layout
         self.num_blocks = num_blocks
         self.size_bytes = num_blocks * layout.block_bytes
+        self.kernels: CellKernels | None = None
+        """What copies and sums its cells faster than numpy, set by who has it before links are made."""
         self._fd: int | None = None
         available_bytes = _available_bytes()
         if self.size_bytes > available_bytes:
@@ -41,25 +46,36 @@ class KvMemory:
                 f"a KV pool of {num_blocks} blocks of {layout.block_bytes} bytes takes "
                 f"{self.size_bytes / 2**20:.0f} MiB, {available_bytes / 2**20:.0f} MiB are free; ask for fewer blocks"
             )
+        self.arena: Arena | None = None
+        """Where the pools of peers are to be found beside this one; None: nowhere."""
+        self._mapping: mmap.mmap | None = None
         try:
-            self._mapping = self._map()
+            self._buffer = self._map(with_windows)
         except (OSError, ValueError, OverflowError) as error:
             self._close_fd()
             raise MachineError(
                 f"no memory for a KV pool of {num_blocks} blocks of {layout.block_bytes} bytes "
                 f"({self.size_bytes / 2**20:.0f} MiB): {error}; ask for fewer blocks"
             ) from error
-        self._buffer = memoryview(self._mapping)
 
-    def _map(self) -> mmap.mmap:
+    def _map(self, with_windows: bool) -> memoryview:
         if sys.platform != "linux":
-            return mmap.mmap(-1, self.size_bytes)
+            self._mapping = mmap.mmap(-1, self.size_bytes)
+            return memoryview(self._mapping)
         self._fd = os.memfd_create("transload-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         # Allocates every page now: a full machine is an error here and not a SIGBUS in the middle of a step.
         os.posix_fallocate(self._fd, 0, self.size_bytes)
         # A peer that maps this relies on its size, as we rely on the size of the peer's.
         fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SIZE_SEALS | fcntl.F_SEAL_SEAL)
-        return mmap.mmap(self._fd, self.size_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        if with_windows:
+            try:
+                self.arena = Arena(self._fd, self.layout.block_bytes, self.num_blocks)
+            except OSError:
+                pass  # a limit on addresses: cells are copied then
+            else:
+                return self.arena.buffer[: self.size_bytes]
+        self._mapping = mmap.mmap(self._fd, self.size_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        return memoryview(self._mapping)
 
     @property
     def fd(self) -> int | None:
@@ -68,15 +84,24 @@ class KvMemory:
 
     @property
     def buffer(self) -> memoryview:
-        """All bytes of the pool, writable. A tensor over it keeps the mapping alive."""
+        """All bytes of the pool, writable. A tensor over it keeps the mapping alive, but not one with windows."""
         return self._buffer
 
+    @property
+    def table(self) -> memoryview:
+        """All blocks that steps can work in: the pool, and windows as they are opened."""
+        return self._buffer if self.arena is None else self.arena.buffer
+
     def close(self) -> None:
-        """Give the memory back; at once, or with the last tensor that still lies in it."""
+        """Give the memory back; at once, or with the last tensor that still lies in it. With windows always at once:
+        nobody may touch it any more."""
         self._close_fd()
         with contextlib.suppress(BufferError):
             self._buffer.release()
-            self._mapping.close()
+            if self._mapping is not None:
+                self._mapping.close()
+        if self.arena is not None:
+            self.arena.close()
 
     def _close_fd(self) -> None:
         if self._fd is not None:
@@ -87,23 +112,33 @@ class KvMemory:
 class PeerMemory:
     """A peer's pool, mapped into this process once for the life of a link."""
 
-    def __init__(self, fd: int, layout: KvLayout, num_blocks: int) -> None:
-        """Takes ownership of `fd`. Raises `HandoffError` if it is not a sealed pool of the size announced."""
+    def __init__(self, fd: int, layout: KvLayout, num_blocks: int, arena: Arena | None = None) -> None:
+        """Takes ownership of `fd`. `arena`: open a window for it there. Raises `HandoffError` if it is not a sealed
+        pool of the size announced."""
         self.num_blocks = num_blocks
+        self.window: Window | None = None
+        """Where our steps can work in it; None: they cannot."""
+        self._mapping: mmap.mmap | None = None
         size_bytes = num_blocks * layout.block_bytes
         try:
             _check_pool(fd, size_bytes)
-            self._mapping = mmap.mmap(fd, size_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            if arena is not None:
+                self.window = arena.open_window(fd, num_blocks)
+            if self.window is None:
+                self._mapping = mmap.mmap(fd, size_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
         except (OSError, ValueError) as error:
             raise HandoffError(f"cannot map the peer's KV pool of {size_bytes} bytes: {error}") from error
         finally:
             os.close(fd)
-        self.buffer = memoryview(self._mapping)
+        self.buffer = self.window.buffer if self.window is not None else memoryview(self._mapping or b"")
 
     def close(self) -> None:
-        """Unmap. The caller has let go of every view."""
+        """Unmap. The caller has let go of every view; steps that work in the window go on in nobody's memory."""
         self.buffer.release()
-        self._mapping.close()
+        if self.window is not None:
+            self.window.close()
+        if self._mapping is not None:
+            self._mapping.close()
 
 
 def _available_bytes() -> int:

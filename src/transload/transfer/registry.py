@@ -23,6 +23,7 @@ class Registry:
         self._lock = threading.Lock()
         self._closed = False
         self._links: dict[WorkerId, Link] = {}
+        self._num_links: dict[WorkerId, int] = {}  # so far, by peer
         self._dialed: dict[WorkerId, int] = {}  # dials under way, by peer
 
     def find(self, peer: WorkerId) -> Link | None:
@@ -54,6 +55,8 @@ class Registry:
                 if refusal is not None:
                     return refusal
                 if current is None:
+                    link.number = self._num_links.get(link.peer, 0)
+                    self._num_links[link.peer] = link.number + 1
                     self._links[link.peer] = link
                     return None
             current.fail(None)

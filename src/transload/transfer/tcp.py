@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 
 import msgspec
-import xxhash
 
 from transload.control.messages import KvData, SendFrame
 from transload.errors import HandoffError
@@ -28,21 +27,22 @@ class TcpCarrier:
         self._cells = cells
         self._writer = writer
         self._reader = reader
-        self.sending, self.receiving = CellMover(cells.cell_bytes), CellMover(cells.cell_bytes)
+        self.sending = CellMover(cells.cell_bytes, cells.kernels)
+        self.receiving = CellMover(cells.cell_bytes, cells.kernels)
 
-    def check(self, command: SendFrame, frame: KvData) -> None:
-        """The receiver decides where the cells go: nothing to check here."""
+    def check(self, _command: SendFrame, frame: KvData) -> None:
+        """The receiver decides where the cells go. Raises `HandoffError` for a frame that says they are there."""
+        if frame.in_place:
+            raise HandoffError(f"{frame} is in place, which no frame is on a link that does not share memory")
 
     def send(self, command: SendFrame, frame: KvData) -> None:
         """Header, cells, checksum. The kernel has taken its copy of the cells when this returns."""
         rows = self._cells.rows(frame.layer_lo, frame.layer_hi, command.source_blocks)
-        checksum = xxhash.xxh3_64()
+        digest = self.sending.begin(len(rows))
         self._writer.hold(encode(frame, frame.num_bytes + TRAILER.size))
         for batch in self.sending.batches(rows):
-            views = self.sending.pack(self._cells, batch)
-            self.sending.update(checksum, views)
-            self._writer.write(views)
-        self._writer.hold(TRAILER.pack(checksum.intdigest()))
+            self._writer.write(self.sending.pack(digest, self._cells, batch))
+        self._writer.hold(TRAILER.pack(digest.value()))
 
     def receive(self, frame: KvData, payload_bytes: int, permit: Permit | None) -> tuple[KvData, int]:
         """The frame with its sender's checksum, and that of the cells as they were stored; 0 if they were not."""
@@ -58,15 +58,14 @@ class TcpCarrier:
 
     def _store(self, frame: KvData, permit: Permit) -> int:
         rows = self._cells.rows(frame.layer_lo, frame.layer_hi, permit.blocks_of(frame))
-        checksum = xxhash.xxh3_64()
+        digest = self.receiving.begin(len(rows))
         missing_bytes = frame.num_bytes
         for batch in self.receiving.batches(rows):
-            views = self._cells.views(batch)
-            missing_bytes -= self._fill(list(views), permit)
+            missing_bytes -= self._fill(self._cells.views(batch), permit)
             if permit.revoked:
                 return self._discard(missing_bytes)
-            self.receiving.update(checksum, views)
-        return checksum.intdigest()
+            self.receiving.add(digest, self._cells, batch)
+        return digest.value()
 
     def _fill(self, views: list[memoryview], permit: Permit) -> int:
         """Receive into the views until they are full or the permission is gone; returns how many bytes came."""

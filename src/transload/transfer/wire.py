@@ -29,7 +29,6 @@ MAX_IOVECS = 64
 _STAGING_BYTES = 4096  # a few dozen control frames; more would only pull payload in that has to be copied out again
 _MAX_HELD = 8  # small parts that wait for company on their way out
 _MAX_HELD_FOR_BYTES = 4 << 20
-_KEEPALIVE_SECONDS = 5
 _TICK_SECONDS = 0.1  # how soon a thread in a blocking call sees that its link is to end
 
 
@@ -86,18 +85,20 @@ def encode(header: Header, payload_bytes: int = 0) -> bytes:
     return pack(_encoder.encode(header), payload_bytes)
 
 
-def tune_tcp(sock: socket.socket) -> None:
-    """Send small frames at once, and notice a host that is gone without a word; nothing for other sockets."""
+def tune_tcp(sock: socket.socket, silence_seconds: float = 20.0) -> None:
+    """Send small frames at once, and notice a host that is gone without a word for so long; nothing for other
+    sockets."""
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if sys.platform == "linux":
+        probe_seconds = max(1, round(silence_seconds / 4))
         for option, value in (
-            (socket.TCP_KEEPIDLE, _KEEPALIVE_SECONDS),
-            (socket.TCP_KEEPINTVL, _KEEPALIVE_SECONDS),
+            (socket.TCP_KEEPIDLE, probe_seconds),
+            (socket.TCP_KEEPINTVL, probe_seconds),
             (socket.TCP_KEEPCNT, 3),
-            (socket.TCP_USER_TIMEOUT, 4 * _KEEPALIVE_SECONDS * 1000),
+            (socket.TCP_USER_TIMEOUT, round(silence_seconds * 1000)),
         ):
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
 

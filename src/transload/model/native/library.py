@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from ctypes import POINTER, Structure, c_char_p, c_double, c_int, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
 from transload.errors import MachineError
@@ -27,7 +27,17 @@ from transload.model.cache import cache_folder, locked
 
 SWITCH = "TRANSLOAD_NATIVE"
 """Environment variable: 0 leaves the kernels alone."""
-SOURCES = ("llama.c", "attention.h", "pool.h", "ring.h", "split.h", "stored.h", "tiles.h", "vector.h")
+SOURCES = (
+    "llama.c",
+    "attention.h",
+    "cells.h",
+    "pool.h",
+    "ring.h",
+    "split.h",
+    "stored.h",
+    "tiles.h",
+    "vector.h",
+)
 MAIN = SOURCES[0]
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-w", "-shared", "-fPIC")
 COMPILERS = ("cc", "gcc", "clang")
@@ -134,6 +144,12 @@ class Library:
         self.first_largest = function("first_largest", None, c_void_p, c_int64, c_int64, c_void_p)
         self.read_stored = function("read_stored", None, c_int64, c_void_p, c_int64, c_int64, c_void_p)
         self.unpack_rows = function("unpack_rows", None, linear, c_void_p, c_int64, c_void_p)
+        self.digest_begin = function("digest_begin", None, c_void_p, c_int64)
+        self.digest_end = function("digest_end", c_uint64, c_void_p)
+        self.sum_cells = function("sum_cells", None, c_void_p, c_void_p, c_void_p, c_int64, c_int64)
+        self.copy_cells = function(
+            "copy_cells", None, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64
+        )
         self._add_split(function)
         self._add_ring(path)
         self.lanes: int = function("lanes", c_int64)()

@@ -8,6 +8,7 @@ at a time. */
 #include <sys/mman.h>
 
 #include "attention.h"
+#include "cells.h"
 #include "pool.h"
 #include "stored.h"
 
