@@ -28,12 +28,19 @@ def printed(explanation: Explanation) -> str:
 
 
 def test_what_crosses_a_link_is_whole_blocks_in_frames() -> None:
-    (link,) = explained("2p1d").links
+    (link,) = explained("2p1d", "links=[{between: [prefill, decode], transport: shm}]").links
     assert link.bytes_per_token == BFLOAT16_TOKEN
     assert link.bytes_per_prompt == 1008 * BFLOAT16_TOKEN  # 63 blocks of 16
     assert link.frames_per_prompt == 2 * 6  # chunks of 512, 5 layers a frame
     assert link.shm_seconds == pytest.approx(link.bytes_per_prompt / 10e9)
     assert link.tcp_seconds == pytest.approx(link.bytes_per_prompt / 3e9)
+
+
+def test_on_one_host_nothing_crosses_and_one_frame_says_that_all_is_there() -> None:
+    explanation = explained("1p1d")
+    (link,) = explanation.links
+    assert (link.transport, link.frames_per_prompt) == ("direct", 1)
+    assert "none over direct" in printed(explanation)
 
 
 def test_what_a_worker_holds_is_told_in_tokens_and_contexts() -> None:
