@@ -90,9 +90,8 @@ class Labeller:
             frame = fields["frame"]
             kind, transfer_fields = frame[0], frame[3:]
             if kind not in ("KvRenew", "KvCredit"):
-                # not the checksum
-                detail = [*transfer_fields[:-2], transfer_fields[-1]] if kind == "KvData" else list[object]()
-                self.labels[who, f"from {fields['peer']}", None].append(f"{kind} {detail}")
+                known = [*transfer_fields[:-2], transfer_fields[-1]] if kind == "KvData" else []  # not the checksum
+                self.labels[who, f"from {fields['peer']}", None].append(f"{kind} {known}")
             return
         if name in ("StepDone", "LayersReady"):
             self.labels[who, "executor", None].append(f"{name} {fields.get('layer_lo')} {fields.get('layer_hi')}")
