@@ -70,7 +70,9 @@ def validation(result: dict[str, Any], title: str = "Real against virtual") -> s
     if result.get("simulated_commit", result["commit"]) != result["commit"]:
         text += f"Simulated anew by commit {result['simulated_commit'][:7]} from what had been measured before.\n\n"
     if drifts:
-        text += "Steps just before, over those of the calibration: " + "; ".join(dict.fromkeys(drifts)) + ".\n\n"
+        follows = ", by which the simulation is scaled" if result.get("follows_drift") else ""
+        text += f"Two steps alone, around each load over when the machine was calibrated{follows}: "
+        text += "; ".join(dict.fromkeys(drifts)) + ".\n\n"
     columns = ["deployment", "load", "figure", "measured", "simulated", "error", "within"]
     text += table(columns, rows) + "\nMean seconds a request spends in each stage, measured and *simulated*:\n\n"
     text += table(["deployment", "load", "stages"], [_stages(each) for each in result["comparisons"]])

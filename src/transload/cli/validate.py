@@ -57,6 +57,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--again", metavar="FILE", help="simulate anew what a --json file says was measured; starts no server"
     )
+    parser.add_argument(
+        "--as-calibrated",
+        action="store_true",
+        help="simulate the machine as fast as when it was calibrated, not as it was around each load",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the result; - for stdout")
     parser.add_argument("--html", metavar="FILE", help="write both sides of each comparison as one page to look at")
     parser.set_defaults(run=run)
@@ -87,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         num_output=args.output,
         cv=args.cv,
         seed=args.seed,
+        follows_drift=not args.as_calibrated,
     )
     cases = [(case, _deployment(case, args.model)) for case in args.cases]
     end_in_order_when_told()
@@ -103,7 +109,8 @@ def _again(args: argparse.Namespace) -> int:
     if args.html is not None:
         raise DeploymentError("--html: with --again only figures of the measured half are known; leave one of them out")
     command = without_secrets(sys.argv)
-    return _shown(simulate_again(args.again, str(Path(args.chip).absolute()), _say, command=command), args.json)
+    chip, follows = str(Path(args.chip).absolute()), not args.as_calibrated
+    return _shown(simulate_again(args.again, chip, _say, command=command, follows_drift=follows), args.json)
 
 
 def _shown(done: Validation, json_path: str | None) -> int:

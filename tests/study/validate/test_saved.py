@@ -11,16 +11,19 @@ from tests.study.validate.test_virtual import chip_file
 from transload.cli import main
 from transload.deploy.resolve import resolve
 from transload.errors import DeploymentError
+from transload.hardware.measured import Reference, Slowdown
 from transload.study.provenance import machine_facts, versions
 from transload.study.validate.compare import compare
 from transload.study.validate.saved import Validation, load_of, read_validation, simulate_again, write_validation
 from transload.study.validate.virtual import measured_of, play_virtual
 from transload.study.workload import Fixed, Poisson, Synthetic, synthetic
 
+SPEED = Reference(prefill_seconds=0.08, decode_seconds=0.012)
+
 
 @pytest.fixture
 def chip(tmp_path: Path) -> str:
-    return chip_file(tmp_path)
+    return chip_file(tmp_path, reference=SPEED)
 
 
 @pytest.fixture
@@ -29,6 +32,7 @@ def saved(tmp_path: Path, chip: str) -> Path:
     deployment = resolve(None, "1p1d", [])
     workload = synthetic(Synthetic(arrivals=Poisson(2.0), input=Fixed(64), output=Fixed(8), num_requests=10, seed=3))
     run = play_virtual(deployment, chip, workload)
+    compared = compare("1p1d", "light", run.summary, run.summary, run.stage_seconds, run.stage_seconds)
     done = Validation(
         command=("transload", "validate"),
         started_at="2026-11-26T12:00:00+00:00",
@@ -38,10 +42,10 @@ def saved(tmp_path: Path, chip: str) -> Path:
         simulated_by=("transload", "validate"),
         simulated_commit="a" * 40,
         chip=measured_of(chip),
-        comparisons=(compare("1p1d", "light", run.summary, run.summary, run.stage_seconds, run.stage_seconds),),
+        comparisons=(msgspec.structs.replace(compared, drift=Slowdown()),),
         measured=(run.summary,),
         simulated=(run.summary,),
-        played=(load_of(deployment, workload),),
+        played=(load_of(deployment, workload, SPEED),),
     )
     path = tmp_path / "validation.json"
     write_validation(done, str(path))
@@ -60,7 +64,7 @@ def test_the_same_chip_gives_the_same_simulation(saved: Path, chip: str) -> None
 def test_another_chip_changes_the_simulated_half_alone(saved: Path, tmp_path: Path) -> None:
     folder = tmp_path / "slower"
     folder.mkdir()
-    slower = chip_file(folder, step_gap_seconds=0.05)
+    slower = chip_file(folder, step_gap_seconds=0.05, reference=SPEED)
     before = read_validation(str(saved))
     after = simulate_again(str(saved), slower, lambda _line: None, command=("again",))
     assert after.measured == before.measured
@@ -68,6 +72,24 @@ def test_another_chip_changes_the_simulated_half_alone(saved: Path, tmp_path: Pa
     found = {figure.name: figure for figure in after.comparisons[0].figures}
     assert found["TPOT p50"].error is not None
     assert found["TPOT p50"].error > 0.5
+
+
+def test_a_machine_that_was_slower_at_the_load_is_simulated_so(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "faster"
+    folder.mkdir()
+    faster = Reference(prefill_seconds=SPEED.prefill_seconds, decode_seconds=SPEED.decode_seconds / 1.5)
+    chip = chip_file(folder, reference=faster)
+    follows, stays = (
+        simulate_again(str(saved), chip, lambda _line: None, command=("again",), follows_drift=follows)
+        for follows in (True, False)
+    )
+    errors = [{figure.name: figure.error for figure in each.comparisons[0].figures} for each in (follows, stays)]
+    assert errors[0]["TPOT p50"] == pytest.approx(0.5, abs=0.05)
+    assert errors[0]["TTFT p50"] == pytest.approx(0.0, abs=0.02)
+    assert errors[1]["TPOT p50"] == 0.0
+    for each in (follows, stays):
+        assert each.comparisons[0].drift is not None
+        assert each.comparisons[0].drift.decode == pytest.approx(1.5)
 
 
 def test_what_is_no_validation_is_refused(saved: Path, chip: str, tmp_path: Path) -> None:

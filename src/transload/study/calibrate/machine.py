@@ -18,11 +18,12 @@ from transload.deploy.plan import Placement, WorkerPlan
 from transload.deploy.spec import Deployment
 from transload.errors import DeploymentError
 from transload.hardware.cost.measured import MeasuredStepCost
-from transload.hardware.measured import MeasuredSteps, Slowdown
+from transload.hardware.measured import MeasuredSteps, Reference, Slowdown
 from transload.model.source import ModelFiles, locate
 from transload.study.calibrate import fit as fitting
 from transload.study.calibrate.effort import Effort, Say, warn_if_busy
 from transload.study.calibrate.probes import Probe, StepOrder, probes
+from transload.study.calibrate.reference import drift, measure_reference, typical
 from transload.study.calibrate.served import measure_served
 from transload.study.calibrate.server import Played, ServerProcess, new_folder, play
 from transload.study.calibrate.serving import front_end_cpu, observe_serving, prefill_slowdown
@@ -50,18 +51,43 @@ def calibrate_machine(deployment: Deployment, effort: Effort, say: Say, *, comma
         return _as_served(deployment, placement, files, effort, say, command=command)
     say(f"measuring steps of {plans[0].name}: {files.name}, {plans[0].dtype}, {plans[0].threads} thread(s)")
     with probes(plans) as running:
-        times = _measure_steps(running[0], effort, say)
+        times, reference = _measure_steps(running[0], effort, say)
         beside = measure_interference(running, effort, say)
-        load_seconds = running[0].load_seconds
-    section = _section(fitting.fit(times), times, plans[0], files, command=command, threads=plans[0].threads)
-    section = msgspec.structs.replace(section, beside=beside, load_seconds=load_seconds)
+        section = _section(fitting.fit(times), times, plans[0], files, command=command, threads=plans[0].threads)
+        section = msgspec.structs.replace(
+            section, beside=beside, load_seconds=running[0].load_seconds, reference=reference
+        )
+        return _served(deployment, placement, section, running[0], effort, say)
+
+
+def _served(
+    deployment: Deployment, placement: Placement, section: MeasuredSteps, probe: Probe, effort: Effort, say: Say
+) -> MeasuredSteps:
+    """With what serving adds, on a machine whose speed the probe, idle otherwise, looks at before and after."""
+    reference = section.reference
+    assert reference is not None
     say("starting a server to measure what serving adds")
     with new_folder() as name, ServerProcess(deployment, Path(name)) as server:
         _loop(server, num_requests=2, concurrency=1, output=8, seed=1)  # first uses
+        seen = [measure_reference(probe, effort.rounds)]
         section = _with_serving(section, server, effort, say)
+        seen.append(measure_reference(probe, effort.rounds))
+    moved = drift(reference, typical(seen))
+    serving = Slowdown(
+        prefill=section.serving.prefill / moved.prefill,
+        decode=section.serving.decode / moved.decode,
+        streaming=section.serving.streaming,
+    )
+    section = msgspec.structs.replace(section, serving=serving)
+    say(
+        f"  the machine takes {moved.prefill:.2f} x (prefill), {moved.decode:.2f} x (decode) what it did before; "
+        f"without that, serving takes {serving.prefill * serving.streaming:.2f} x, {serving.decode:.2f} x"
+    )
     if all(plan.role != "prefill" for plan in placement.workers):
         return section
     local = _local_prefill(deployment, section, effort)
+    seen.append(measure_reference(probe, effort.rounds))
+    local /= drift(reference, typical(seen[1:])).prefill
     say(f"  prompts take {local:.2f} x while serving where they are not streamed to another worker")
     streaming = section.serving.prefill * section.serving.streaming / local
     serving = msgspec.structs.replace(section.serving, prefill=local, streaming=streaming)
@@ -150,8 +176,8 @@ def _kv_bytes_per_token(files: ModelFiles, plan: WorkerPlan) -> int:
     return layout.block_bytes // layout.block_size
 
 
-def _measure_steps(probe: Probe, effort: Effort, say: Say) -> dict[StepOrder, float]:
-    """Median seconds of each, over all rounds."""
+def _measure_steps(probe: Probe, effort: Effort, say: Say) -> tuple[dict[StepOrder, float], Reference]:
+    """Median seconds of each, over all rounds, and of the reference in the same time."""
     plan = probe.plan
     wanted = fitting.orders(
         max_batch=plan.limits.max_batch,
@@ -162,14 +188,16 @@ def _measure_steps(probe: Probe, effort: Effort, say: Say) -> dict[StepOrder, fl
         quick=effort.quick,
     )
     times: dict[StepOrder, list[float]] = {order: [] for order in wanted}
+    references = [measure_reference(probe, 1)]
     for number in range(1, effort.rounds + 1):
         for order in wanted:
             times[order] += probe.alone_seconds(probe.measure(order))[1:]  # the first one grows scratch memory
+        references.append(measure_reference(probe, 1))
         say(f"  round {number} of {effort.rounds}: {len(wanted)} steps")
     medians = {order: median(seconds) for order, seconds in times.items()}
     for order, seconds in medians.items():
         say(f"  {_words(order)}: {seconds * 1e3:.1f} ms")
-    return medians
+    return medians, typical(references)
 
 
 def _words(order: StepOrder) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from transload.control.messages import Chunk, WorkerId
 from transload.hardware.cost.contention import Work, paces
-from transload.hardware.measured import MeasuredSteps
+from transload.hardware.measured import MeasuredSteps, Slowdown
 from transload.runtime.cost import CostModel
 from transload.runtime.flows import Wire
 
@@ -17,14 +17,16 @@ from transload.runtime.flows import Wire
 class SharedMachineCost:
     """A `CostModel` and a `MachineModel` of workers that all run on one measured machine."""
 
-    def __init__(self, base: CostModel, measured: MeasuredSteps) -> None:
+    def __init__(self, base: CostModel, measured: MeasuredSteps, drift: Slowdown | None = None) -> None:
+        """`drift`: of the machine since it was measured."""
         self._base = base
         self._measured = measured
+        self._drift = {"prefill": drift.prefill, "decode": drift.decode} if drift is not None else {}
 
     # -- alone --------------------------------------------------------------------------------------------------------
 
     def step_seconds(self, worker: WorkerId, chunks: Sequence[Chunk]) -> float:
-        return self._base.step_seconds(worker, chunks)
+        return self._base.step_seconds(worker, chunks) * self._drift.get(self.work(chunks).kind, 1.0)
 
     def decode_line(self, _worker: WorkerId, _num_decode: int) -> None:
         """A step's length depends on what else runs."""

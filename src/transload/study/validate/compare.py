@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 import msgspec
 
+from transload.hardware.measured import Slowdown
 from transload.study.metrics import Distribution, Summary
-from transload.study.validate.drift import Drift
 
 P50_WITHIN = 0.10
 P90_WITHIN = 0.20
@@ -50,8 +50,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     figures: tuple[Figure, ...]
     stages: tuple[Figure, ...]
     """Mean seconds a request spends in each stage of its waterfall."""
-    drift: Drift | None = None
-    """Of the machine since it was measured."""
+    drift: Slowdown | None = None
+    """Of the machine since it was calibrated, from two steps before and after the load."""
 
     @property
     def holds(self) -> bool:

@@ -1,47 +1,52 @@
-"""Whether the machine is still the one that was measured: two steps again, just before a comparison."""
+"""Whether the machine is still the one that was measured: two steps again, before and after every load."""
 
 from __future__ import annotations
 
-from statistics import median
-
-import msgspec
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from transload.deploy.machine import read_machine
 from transload.deploy.placement import place
 from transload.deploy.spec import Deployment
-from transload.hardware.cost.measured import MeasuredStepCost
-from transload.hardware.measured import MeasuredSteps, Slowdown
+from transload.hardware.measured import MeasuredSteps, Reference, Slowdown
 from transload.model.source import locate
-from transload.study.calibrate.fit import shape_of
-from transload.study.calibrate.probes import StepOrder, probes
+from transload.study.calibrate.probes import Probe, probes
+from transload.study.calibrate.reference import drift, measure_reference, typical
 
-PROMPT = StepOrder(prefill=((0, 128),), repeats=9)
-DECODE = StepOrder(decode=(256,) * 4, repeats=25)
 NOTICED = 0.05
 """More than this is told."""
 
 
-class Drift(msgspec.Struct, frozen=True, kw_only=True):
-    """How many times as long steps take now as when they were measured."""
+class DriftWatch:
+    """A probe process beside the server, which computes nothing while a load is played."""
 
-    prefill: float
-    decode: float
+    def __init__(self, probe: Probe) -> None:
+        self._probe = probe
+        self._last = measure_reference(probe)
 
-    @property
-    def is_noticed(self) -> bool:
-        return max(abs(self.prefill - 1), abs(self.decode - 1)) > NOTICED
+    def around(self) -> Reference:
+        """Of the time since this was asked for last, or since it was made: between what was seen then and what is."""
+        before, self._last = self._last, measure_reference(self._probe)
+        return typical([before, self._last])
 
 
-def measure_drift(deployment: Deployment, measured: MeasuredSteps) -> Drift | None:
-    """None for deployments whose steps are split between processes: they were measured whole."""
+@contextmanager
+def watch_drift(deployment: Deployment, measured: MeasuredSteps) -> Iterator[DriftWatch | None]:
+    """None where there is nothing to compare with: steps that are split between processes were measured whole."""
+    if measured.reference is None:
+        yield None
+        return
     placement = place(deployment, read_machine(), locate(deployment.model).arch)
-    if any(plan.hop is not None for plan in placement.workers):
-        return None
     plan = next(plan for plan in placement.workers if plan.role != "ffn" and plan.starts_here)
-    bare = MeasuredStepCost(msgspec.structs.replace(measured, serving=Slowdown(), step_gap_seconds=0.0))
     with probes([plan]) as (probe,):
-        now = {order: median(probe.alone_seconds(probe.measure(order))[1:]) for order in (PROMPT, DECODE)}
-    return Drift(
-        prefill=now[PROMPT] / bare.step_seconds(shape_of(PROMPT)),
-        decode=now[DECODE] / bare.step_seconds(shape_of(DECODE)),
-    )
+        yield DriftWatch(probe)
+
+
+def drift_of(measured: MeasuredSteps, now: Reference | None) -> Slowdown | None:
+    """Since the machine was calibrated. None where it is not known."""
+    return None if now is None or measured.reference is None else drift(measured.reference, now)
+
+
+def is_noticed(found: Slowdown) -> bool:
+    """Whether it is worth a word."""
+    return max(abs(found.prefill - 1), abs(found.decode - 1)) > NOTICED

@@ -22,7 +22,7 @@ from transload.study.result import Result
 from transload.study.timeline import Timeline, read_timeline
 from transload.study.told import chosen
 from transload.study.validate.compare import Comparison, compare
-from transload.study.validate.drift import measure_drift
+from transload.study.validate.drift import drift_of, is_noticed, watch_drift
 from transload.study.validate.saved import PlayedLoad, Validation, commit_of_this, load_of
 from transload.study.validate.virtual import VirtualRun, capacity, measured_of, play_virtual
 from transload.study.workload import ClosedLoop, Fixed, LogNormal, Poisson, Synthetic, Workload, synthetic
@@ -45,6 +45,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     cv: float = 0.5
     """Spread of both lengths."""
     seed: int = 1
+    follows_drift: bool = True
+    """Simulate the machine as fast as it was around each load, not as fast as when it was calibrated."""
 
 
 def validate(
@@ -64,24 +66,29 @@ def validate(
     results: list[Result] = []
     for name, deployment in cases:
         workloads = list(_workloads(deployment, chip_path, load, say))
-        drift = measure_drift(deployment, measured)
-        if drift is not None and drift.is_noticed:
-            say(
-                f"note: steps take {drift.prefill:.2f} x (prefill), {drift.decode:.2f} x (decode) as long now as when "
-                "they were measured; the errors are the machine's too. Calibrate anew while nothing else runs"
-            )
-        with new_folder() as folder, ServerProcess(deployment, Path(folder)) as server:
+        with (
+            new_folder() as folder,
+            ServerProcess(deployment, Path(folder)) as server,
+            watch_drift(deployment, measured) as watch,
+        ):
             _warm_up(server.url)
             for words, workload in workloads:
                 say(f"{name}, {words}: for real")
                 played = play(server.url, workload)
-                simulated = play_virtual(deployment, chip_path, workload, name=name)
+                speed = None if watch is None else watch.around()
+                drift = drift_of(measured, speed)
+                if drift is not None and is_noticed(drift):
+                    say(f"  steps take {drift.prefill:.2f} x (prefill), {drift.decode:.2f} x (decode) what they did "
+                        "when the machine was calibrated")  # fmt: skip
+                simulated = play_virtual(
+                    deployment, chip_path, workload, drift=drift if load.follows_drift else None, name=name
+                )
                 summary = summarize(played.records, Targets())
                 compared = _compare(name, words, summary, played, simulated)
                 comparisons.append(msgspec.structs.replace(compared, drift=drift))
                 real.append(summary)
                 virtual.append(simulated.summary)
-                loads.append(load_of(deployment, workload))
+                loads.append(load_of(deployment, workload, speed))
                 timeline = read_timeline(server.event_log)
                 results += [_real_result(name, deployment, workload, summary, played, timeline), simulated.result]
     done = Validation(
@@ -93,6 +100,7 @@ def validate(
         simulated_by=command,
         simulated_commit=commit_of_this(),
         chip=measured,
+        follows_drift=load.follows_drift,
         comparisons=tuple(comparisons),
         measured=tuple(real),
         simulated=tuple(virtual),

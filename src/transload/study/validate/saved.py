@@ -14,11 +14,12 @@ import msgspec
 from transload.deploy.load import loads, to_yaml
 from transload.deploy.spec import Deployment
 from transload.errors import DeploymentError
-from transload.hardware.measured import MeasuredSteps
+from transload.hardware.measured import MeasuredSteps, Reference
 from transload.study.json_file import write_out
 from transload.study.metrics import Summary
 from transload.study.provenance import MachineFacts
 from transload.study.validate.compare import Comparison, compare
+from transload.study.validate.drift import drift_of
 from transload.study.validate.virtual import measured_of, play_virtual
 from transload.study.workload import ArrivalSpec, Workload
 
@@ -37,6 +38,8 @@ class PlayedLoad(msgspec.Struct, frozen=True, kw_only=True):
     concurrency: int | None
     duration_seconds: float | None
     arrivals: tuple[ArrivalSpec, ...]
+    speed: Reference | None
+    """Of the machine, from two steps before and after."""
 
     def as_workload(self) -> Workload:
         """The same arrivals and contents."""
@@ -51,7 +54,7 @@ class PlayedLoad(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def load_of(deployment: Deployment, workload: Workload) -> PlayedLoad:
+def load_of(deployment: Deployment, workload: Workload, speed: Reference | None = None) -> PlayedLoad:
     """To be played again."""
     return PlayedLoad(
         deployment=to_yaml(deployment),
@@ -61,6 +64,7 @@ def load_of(deployment: Deployment, workload: Workload) -> PlayedLoad:
         concurrency=workload.concurrency,
         duration_seconds=workload.duration_seconds,
         arrivals=tuple(workload),
+        speed=speed,
     )
 
 
@@ -78,6 +82,8 @@ class Validation(msgspec.Struct, frozen=True, kw_only=True):
     simulated_commit: str
     chip: MeasuredSteps
     """What the simulated half rests on."""
+    follows_drift: bool = True
+    """Whether it is of the machine as fast as it was around each load."""
     comparisons: tuple[Comparison, ...]
     measured: tuple[Summary, ...]
     """In the order of the comparisons."""
@@ -85,23 +91,33 @@ class Validation(msgspec.Struct, frozen=True, kw_only=True):
     played: tuple[PlayedLoad, ...]
 
 
-def simulate_again(path: str, chip_path: str, say: Say, *, command: tuple[str, ...]) -> Validation:
+def simulate_again(
+    path: str, chip_path: str, say: Say, *, command: tuple[str, ...], follows_drift: bool = True
+) -> Validation:
     """The measured half of the file beside a simulation of today. Raises `DeploymentError` for a file that is none."""
-    before = read_validation(path)
+    before, chip = read_validation(path), measured_of(chip_path)
     comparisons: list[Comparison] = []
     summaries: list[Summary] = []
     for old, measured, load in zip(before.comparisons, before.measured, before.played, strict=True):
         say(f"{old.deployment}, {old.load}: simulated anew")
-        run = play_virtual(loads(load.deployment, path), chip_path, load.as_workload(), name=old.deployment)
+        drift = drift_of(chip, load.speed)
+        run = play_virtual(
+            loads(load.deployment, path),
+            chip_path,
+            load.as_workload(),
+            drift=drift if follows_drift else None,
+            name=old.deployment,
+        )
         stages = {figure.name: figure.measured for figure in old.stages}
         new = compare(old.deployment, old.load, measured, run.summary, stages, run.stage_seconds)
-        comparisons.append(msgspec.structs.replace(new, drift=old.drift))
+        comparisons.append(msgspec.structs.replace(new, drift=drift))
         summaries.append(run.summary)
     return msgspec.structs.replace(
         before,
         simulated_by=command,
         simulated_commit=commit_of_this(),
-        chip=measured_of(chip_path),
+        chip=chip,
+        follows_drift=follows_drift,
         comparisons=tuple(comparisons),
         simulated=tuple(summaries),
     )

@@ -10,7 +10,7 @@ import msgspec
 from transload.deploy.spec import Deployment, Targets
 from transload.errors import DeploymentError
 from transload.hardware.catalog import load_chip
-from transload.hardware.measured import MeasuredSteps
+from transload.hardware.measured import MeasuredSteps, Slowdown
 from transload.study.calibrate.shared_machine import SharedMachineCost
 from transload.study.curves import latency_curves
 from transload.study.metrics import RequestRecord, Summary, summarize
@@ -42,12 +42,14 @@ def measured_of(chip_path: str) -> MeasuredSteps:
     return chip.measured
 
 
-def play_virtual(deployment: Deployment, chip_path: str, workload: Workload, *, name: str = "") -> VirtualRun:
-    """All workers on one machine, which is the measured one. `name` is the result's."""
+def play_virtual(
+    deployment: Deployment, chip_path: str, workload: Workload, *, drift: Slowdown | None = None, name: str = ""
+) -> VirtualRun:
+    """All workers on one machine, which is the measured one, slower by `drift`. `name` is the result's."""
     started_at, began = datetime.now(UTC).isoformat(timespec="seconds"), time.process_time()
     measured = measured_of(chip_path)
     cluster = plan_cluster(_on_chip(deployment, chip_path))
-    cost = SharedMachineCost(ClusterCost(cluster), measured)
+    cost = SharedMachineCost(ClusterCost(cluster), measured, drift or Slowdown())
     simulation = Simulation(cluster, workload, cost, seed=deployment.seed, jumps=False, machine=cost, with_records=True)
     simulation.run()
     recorder = simulation.recorder
