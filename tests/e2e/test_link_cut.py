@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e.live import LiveServer, eventually
 from tests.e2e.test_kills import Streaming
-from tests.e2e.test_two_hosts import HERE, THERE, TOKEN, ip, other_host, worker_there
+from tests.e2e.test_two_hosts import HERE, THERE, TOKEN, ip, other_host, worker_by_hand
 
 pytestmark = [pytest.mark.slow, pytest.mark.netns]
 __all__ = ["other_host"]
@@ -58,26 +58,26 @@ def test_a_cut_link_changes_no_text_and_is_dialed_again(other_host: str, monkeyp
     server = LiveServer(deployment, *exact, wait=False)
     try:
         join = server.wait_for_output(r"--join (\S+) --name decode-0").group(1)
-        with worker_there(other_host, join):
+        with worker_by_hand(join, "decode-0", other_host):
             server.wait_until_ready()
-            undisturbed, workers = workers_of(server, 80)
+            undisturbed, workers = workers_of(server, 24)
             assert workers == {"prefill-0", "decode-0"}
             pids = {name: worker["pid"] for name, worker in server.workers().items()}
-            running = Streaming(server, PROMPT, 80)
+            running = Streaming(server, PROMPT, 24)
             running.start()
             running.wait_for_pieces(3)
             with cut(other_host, port_of_the_link(server, join)):
-                waiting = Streaming(server, PROMPT, 80)
+                waiting = Streaming(server, PROMPT, 24)
                 waiting.start()  # its handoff cannot succeed now
                 for caller in (running, waiting):
                     caller.finish()
                     assert caller.text == undisturbed
-                    assert caller.completion_tokens == 80
+                    assert caller.completion_tokens == 24
                 eventually(lambda: not server.get("/health")["links"])
                 assert workers_of(server)[1] == {"decode-0"}  # it prefills itself, and nobody waits for the link
             eventually(lambda: server.get("/health")["links"])
             eventually(lambda: workers_of(server)[1] == {"prefill-0", "decode-0"})
-            assert workers_of(server, 80)[0] == undisturbed
+            assert workers_of(server, 24)[0] == undisturbed
             assert {name: worker["pid"] for name, worker in server.workers().items()} == pids, "nobody was restarted"
             server.check_idle()
     finally:
