@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from transload.deploy.spec import Deployment, Targets
+from transload.deploy.spec import Deployment, Link, Pool, Targets
 from transload.errors import DeploymentError
 from transload.hardware.catalog import load_chip
 from transload.hardware.measured import MeasuredSteps, Slowdown
@@ -77,13 +77,25 @@ def play_virtual(
 
 
 def _on_chip(deployment: Deployment, chip_path: str) -> Deployment:
-    """Workers whose feed-forwards are elsewhere were measured with them: to the simulation they are one worker."""
+    """Workers whose feed-forwards are elsewhere were measured with them: to the simulation they are one worker. Links
+    are those that a single host makes of what is `auto`."""
     pools = tuple(
         msgspec.structs.replace(pool, chip=chip_path, ffn=None) for pool in deployment.pools if pool.role != "ffn"
     )
-    names = {pool.name for pool in pools}
-    links = tuple(link for link in deployment.links if names.issuperset(link.between))
+    listed = {frozenset(link.between): link for link in deployment.links}
+    links = tuple(
+        _on_one_host(listed.get(frozenset((source.name, target.name))), source, target)
+        for source in pools
+        for target in pools
+        if (source.role, target.role) == ("prefill", "decode")
+    )
     return msgspec.structs.replace(deployment, pools=pools, links=links)
+
+
+def _on_one_host(listed: Link | None, source: Pool, target: Pool) -> Link:
+    link = listed or Link(between=(source.name, target.name))
+    is_shared = link.transport == "auto" and source.device == target.device == "cpu"
+    return msgspec.structs.replace(link, transport="direct") if is_shared else link
 
 
 def capacity(deployment: Deployment, chip_path: str, num_input: int, num_output: int) -> float:
