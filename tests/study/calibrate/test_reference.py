@@ -11,7 +11,7 @@ import pytest
 
 from transload.hardware.measured import Reference, Slowdown
 from transload.study.calibrate.probes import Probe, StepOrder, StepTimes
-from transload.study.calibrate.reference import PROMPT, drift, measure_reference, typical
+from transload.study.calibrate.reference import PROMPT, ROUNDS, drift, measure_reference, typical
 from transload.study.validate.drift import DriftWatch, is_noticed
 
 
@@ -51,11 +51,11 @@ def test_processor_time_says_nothing_of_several_threads_or_of_a_gpu(threads: int
 
 
 def test_a_short_stall_is_not_the_machines_speed() -> None:
-    assert measure_reference(probe(1.0, 0.2, 1.0)) == measure_reference(probe(1.0))
+    assert measure_reference(probe(1.0, 0.2, 1.0), rounds=3) == measure_reference(probe(1.0))
 
 
 def test_around_a_load_is_between_before_and_after() -> None:
-    watch = DriftWatch(probe(*[1.0] * 3, *[0.8] * 3, *[0.8] * 3))
+    watch = DriftWatch(probe(*[1.0] * ROUNDS, *[0.8] * ROUNDS, *[0.8] * ROUNDS))
     since = measure_reference(probe(1.0))
     first, second = drift(since, watch.around()), drift(since, watch.around())
     assert first.prefill == pytest.approx((1 + 1.25) / 2)

@@ -14,7 +14,7 @@ from transload.study.calibrate.probes import Probe, StepOrder
 
 PROMPT = StepOrder(prefill=((0, 128),), repeats=4)
 DECODE = StepOrder(decode=(256,) * 4, repeats=12)
-ROUNDS = 3
+ROUNDS = 2
 
 
 def measure_reference(probe: Probe, rounds: int = ROUNDS) -> Reference:
