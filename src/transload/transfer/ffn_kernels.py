@@ -64,8 +64,8 @@ class RingKernels(Protocol):
 
     def ring(self, place: RingPlace) -> Ring: ...
 
-    def await_news(self, rings: Sequence[Ring], seconds: float) -> bool:
-        """Look until one of its rings has news; False: none had in that time. Lets other threads run."""
+    def await_news(self, rings: Sequence[Ring], seconds: float) -> float:
+        """Look until one of its rings has news: how long that took; 0: none had by then. Lets other threads run."""
         ...
 
 

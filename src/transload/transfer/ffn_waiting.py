@@ -53,9 +53,9 @@ class Waiter:
         spin_until = started + self._spin_seconds()
         if due_at is not None and due_at < spin_until + TICK_SECONDS:
             spin_until = due_at  # no sleep is that short
-        if spin_until > started and self._spin(ends, started, spin_until):
+        if spin_until > started and (took := self._spin(ends, started, spin_until)):
             self.num_spins += 1
-            self._learn(time.monotonic() - started)
+            self._learn(took)
             return True
         if due_at is not None and time.monotonic() >= due_at:
             return False
@@ -63,18 +63,20 @@ class Waiter:
         self._learn(time.monotonic() - started)
         return found
 
-    def _spin(self, ends: Sequence[LinkEnd], now: float, until: float) -> bool:
+    def _spin(self, ends: Sequence[LinkEnd], started: float, until: float) -> float:
+        """How long it took until something came; 0 if nothing has."""
         if self._kernels is not None:
             rings = [ring for end in ends if (ring := end.compiled_ring) is not None]
             if len(rings) == len(ends):
-                return self._kernels.await_news(rings, until - now)
+                return self._kernels.await_news(rings, until - started)
+        now = started
         while now < until:
             for _ in range(8):
                 for end in ends:
                     if end.has_news():
-                        return True
+                        return max(time.monotonic() - started, 1e-9)
             now = time.monotonic()
-        return False
+        return 0.0
 
     def _spin_seconds(self) -> float:
         wanted = 2.0 * self._typical

@@ -177,7 +177,7 @@ class Library:
         self.ring_post = function(at_once, "post", c_int, c_void_p, c_int64, c_char_p, c_int64, c_void_p, c_int64)
         self.ring_poll = function(at_once, "poll", c_int64, c_void_p)
         self.ring_doze = function(at_once, "doze", c_int, c_void_p)
-        self.ring_await = function(waiting, "await", c_int, c_void_p, c_int64, c_int64)
+        self.ring_await = function(waiting, "await", c_int64, c_void_p, c_int64, c_int64)
 
 
 def load() -> Library | None:

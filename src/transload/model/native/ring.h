@@ -21,6 +21,7 @@ struct ring {
     int64_t slot_bytes, most_header_bytes, most_row_bytes;
     uint64_t num_posted, num_seen;
     uint64_t found[3 * MOST_SLOTS]; /* slot, header bytes, row bytes of what `poll` has found */
+    uint64_t num_found;             /* by a wait, and not looked at yet */
 };
 
 INLINE uint64_t news_of(const struct ring *ring) {
@@ -72,16 +73,24 @@ static int64_t nanoseconds(void) {
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
-/* Look again and again until one of the rings has news, 1, or so many nanoseconds have passed, 0. */
-int transload_ring_await(struct ring *const *rings, int64_t num_rings, int64_t limit) {
-    const int64_t until = nanoseconds() + limit;
+/* Look again and again until one of the rings has news, or so many nanoseconds have passed. How long that took, at least 1;
+   0 if there are none. What has come is polled already, unless it cannot be: the next poll says so. */
+int64_t transload_ring_await(struct ring *const *rings, int64_t num_rings, int64_t limit) {
+    const int64_t began = nanoseconds();
+    int64_t now = began;
     do {
         for (int look = 0; look < LOOKS; look++) {
-            for (int64_t i = 0; i < num_rings; i++)
-                if (news_of(rings[i])) return 1;
+            for (int64_t i = 0; i < num_rings; i++) {
+                if (news_of(rings[i]) == 0) continue;
+                const int64_t found = transload_ring_poll(rings[i]);
+                rings[i]->num_found = found > 0 ? found : 0;
+                now = nanoseconds();
+                return now > began ? now - began : 1;
+            }
             relax();
         }
-    } while (nanoseconds() < until);
+        now = nanoseconds();
+    } while (now < began + limit);
     return 0;
 }
 

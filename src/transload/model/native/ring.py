@@ -14,6 +14,8 @@ from transload.model.native.library import Library, load
 from transload.transfer.ffn_kernels import Entry, Ring, RingPlace, impossible, too_many
 from transload.transfer.ffn_link import MAX_SLOTS
 
+_NUM_FOUND = 3 * MAX_SLOTS
+
 
 class RingStruct(Structure):
     """`struct ring` of ring.h."""
@@ -34,7 +36,7 @@ class RingStruct(Structure):
         ("most_row_bytes", c_int64),
         ("num_posted", c_uint64),
         ("num_seen", c_uint64),
-        ("found", c_uint64 * (3 * MAX_SLOTS)),
+        ("found", c_uint64 * (3 * MAX_SLOTS + 1)),  # and how many a wait has found already
     )
 
 
@@ -67,10 +69,13 @@ class CompiledRing:
         return bool(self._post(self.address, slot, header, len(header), rows_address, num_bytes))
 
     def poll(self) -> Sequence[Entry]:
-        num_new = self._poll(self.address)
-        if num_new == 0:
-            return ()
         found = self._found
+        if num_new := found[_NUM_FOUND]:
+            found[_NUM_FOUND] = 0
+        else:
+            num_new = self._poll(self.address)
+            if num_new == 0:
+                return ()
         if num_new == -1:
             raise too_many(found[0], self._place)
         if num_new < 0:
@@ -96,13 +101,14 @@ class CompiledRings:
     def ring(self, place: RingPlace) -> Ring:
         return CompiledRing(self._library, place)
 
-    def await_news(self, rings: Sequence[Ring], seconds: float) -> bool:
+    def await_news(self, rings: Sequence[Ring], seconds: float) -> float:
         awaited = tuple([ring.address for ring in rings if isinstance(ring, CompiledRing)])
         assert len(awaited) == len(rings), "only its own rings"
         if awaited != self._awaited:
             self._awaited = awaited
             self._addresses = (c_void_p * len(awaited))(*awaited)
-        return bool(self._await(self._addresses, len(awaited), int(seconds * 1e9)))
+        nanoseconds: int = self._await(self._addresses, len(awaited), int(seconds * 1e9))
+        return 1e-9 * nanoseconds
 
 
 def compiled_rings() -> CompiledRings | None:
