@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,23 @@ def test_a_sweep_says_where_goodput_ends(tmp_path: Path, capsys: pytest.CaptureF
     assert slow["meets_targets"] is True
     assert slow["attainment"] > fast["attainment"]
     assert "most good requests with the targets met: rate 5" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_sweep_over_processes_gives_what_one_process_gives(tmp_path: Path) -> None:
+    file = tmp_path / "all.yaml"
+    file.write_text(FILE)
+    flags = ["--requests", "20", "--input", "500", "--output", "20", "--sweep", "rate=5,500"]
+    points = []
+    for processes in ("1", "2"):
+        result = tmp_path / f"{processes}.json"
+        command = [sys.executable, "-m", "transload", "simulate", str(file), *flags, "--processes", processes]
+        subprocess.run([*command, "--json", str(result)], check=True, timeout=200, stdout=subprocess.DEVNULL)
+        points.append(json.loads(result.read_text())["points"])
+    assert [point["values"] for point in points[1]] == [{"rate": "5"}, {"rate": "500"}]
+    for one, other in zip(*points, strict=True):
+        for name in ("summary", "pools", "waterfalls"):
+            assert one["result"][name] == other["result"][name]
 
 
 def test_a_sweep_of_something_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

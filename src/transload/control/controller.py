@@ -9,10 +9,11 @@ request has, one epoch later. It never waits for anything without a timer.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-
-import msgspec
+from collections.abc import Callable
+from typing import Any
 
 from transload.control.admission import Admission
+from transload.control.controller_config import ControllerConfig as ControllerConfig
 from transload.control.messages import (
     Arrived,
     Assignment,
@@ -33,7 +34,6 @@ from transload.control.messages import (
     Prefill,
     PrefillSent,
     Reject,
-    Request,
     RequestFailed,
     RequestId,
     Reserve,
@@ -51,27 +51,12 @@ from transload.control.messages import (
     WorkerJoined,
 )
 from transload.control.rates import LinkRate
-from transload.control.router import Decision, LocalPrefill, Policy, Router, expected_tokens
+from transload.control.router import Decision, Router, expected_tokens
 from transload.control.tracking import Tracked
 from transload.control.views import WorkerView
 
 MOST_DOUBLINGS = 30
 """Of the pause before a restart: a worker may fail to start for days."""
-
-
-class ControllerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What the controller is told once."""
-
-    policy: Policy = "estimate"
-    local_prefill: LocalPrefill = "auto"
-    max_attempts: int = 4
-    """How often a request is taken up by workers; one that was sent to a worker already dead does not count."""
-    max_waiting: int = 256
-    first_restart_seconds: float = 0.2
-    """Pause before a lost worker is started again; doubles with every loss that follows within a minute."""
-    longest_restart_seconds: float = 10.0
-    keep_ended: int = 1024
-    """Ended requests whose record is kept."""
 
 
 class Controller:
@@ -88,6 +73,24 @@ class Controller:
         self._queue: deque[Tracked] = deque()
         self._losses: dict[WorkerId, tuple[int, float]] = {}  # in a row, and when the last one was
         self._out: list[ControllerCommand] = []
+        self._take: dict[type, Callable[[Any, float], None]] = {
+            Emitted: self._take_tokens,
+            Load: self._take_load,
+            CacheChanged: self._take_cache_change,
+            Arrived: self._arrive,
+            Cancelled: self._cancel,
+            Reserved: self._progress,
+            Started: self._progress,
+            KvVerified: self._progress,
+            PrefillSent: self._progress,
+            Preempted: self._progress,
+            HandoffFailed: self._progress,
+            RequestFailed: self._progress,
+            WorkerJoined: self._join_worker,
+            WorkerGone: self._lose_worker,
+            LinkMeasured: self._take_link,
+            TimerFired: self._deadline_passed,
+        }
 
     @property
     def num_waiting(self) -> int:
@@ -96,44 +99,16 @@ class Controller:
 
     def handle(self, event: ControllerEvent, now: float) -> list[ControllerCommand]:
         """Take in one fact; return what is to be done about it, in order."""
-        match event:
-            case Emitted(worker, tokens):
-                for token in tokens:
-                    self._take_token(worker, token, now)
-            case Load():
-                if (view := self.views.get(event.worker)) is not None:
-                    view.take_load(event)
-            case CacheChanged():
-                if (view := self.views.get(event.worker)) is not None:
-                    view.take_cache_change(event)
-            case Arrived(request):
-                self._arrive(request, now)
-            case Cancelled(request_id, reason):
-                if (tracked := self.requests.get(request_id)) is not None:
-                    self._finish(tracked, reason, now)
-            case (
-                Reserved() | Started() | KvVerified() | Preempted() | PrefillSent() | HandoffFailed() | RequestFailed()
-            ):
-                tracked = self.requests.get(event.request)
-                if tracked is not None and tracked.epoch == event.epoch:
-                    self._progress(tracked, event, now)
-            case WorkerJoined(worker):
-                self._forget_worker(worker, "it has joined anew", now)
-                self.views[worker] = WorkerView(event)
-            case WorkerGone():
-                self._lose_worker(event, now)
-            case LinkMeasured():
-                self._take_link(event)
-            case TimerFired(key):
-                self._deadline_passed(RequestId(int(key.removeprefix("deadline/"))), now)
-        self._dispatch(now)
-        commands = self._out.copy()
-        self._out.clear()
+        self._take[type(event)](event, now)
+        if self._queue:
+            self._dispatch(now)
+        commands, self._out = self._out, []
         return commands
 
     # -- admission and routing ----------------------------------------------------------------------------------------
 
-    def _arrive(self, request: Request, now: float) -> None:
+    def _arrive(self, event: Arrived, now: float) -> None:
+        request = event.request
         if len(self._queue) >= self.config.max_waiting:
             retry_after_seconds = self._admission.retry_after(now)
             message = f"{len(self._queue)} requests are waiting already; try again in {retry_after_seconds:.0f} s"
@@ -195,14 +170,34 @@ class Controller:
     def _send(self, worker: WorkerId, assignment: Assignment) -> None:
         self._out.append(ToWorker(worker, assignment))
 
+    # -- what workers say, and callers that go away -------------------------------------------------------------------
+
+    def _take_tokens(self, event: Emitted, now: float) -> None:
+        for token in event.tokens:
+            self._take_token(event.worker, token, now)
+
+    def _take_load(self, event: Load, _now: float) -> None:
+        if (view := self.views.get(event.worker)) is not None:
+            view.take_load(event)
+
+    def _take_cache_change(self, event: CacheChanged, _now: float) -> None:
+        if (view := self.views.get(event.worker)) is not None:
+            view.take_cache_change(event)
+
+    def _cancel(self, event: Cancelled, now: float) -> None:
+        if (tracked := self.requests.get(event.request)) is not None:
+            self._finish(tracked, event.reason, now)
+
     # -- progress -----------------------------------------------------------------------------------------------------
 
     def _progress(
         self,
-        tracked: Tracked,
         event: Reserved | Started | KvVerified | Preempted | PrefillSent | HandoffFailed | RequestFailed,
         now: float,
     ) -> None:
+        tracked = self.requests.get(event.request)
+        if tracked is None or tracked.epoch != event.epoch:
+            return
         tracked.is_taken_up = True
         match event:
             case Reserved(_, _, epoch, grant, num_cached):
@@ -255,7 +250,7 @@ class Controller:
         else:
             tracked.stages[-1].detail.update({f"transfer_{key}": value for key, value in detail.items()})
 
-    def _take_link(self, measured: LinkMeasured) -> None:
+    def _take_link(self, measured: LinkMeasured, _now: float) -> None:
         """A word about a link may come late, when one of its ends is gone."""
         pair = measured.source, measured.target
         if measured.bytes_per_second > 0 and all(worker in self.views for worker in pair):
@@ -346,13 +341,17 @@ class Controller:
         tracked.begin_stage("recovery queue", None, now).detail["cause"] = why
         self._queue.appendleft(tracked)
 
-    def _deadline_passed(self, request_id: RequestId, now: float) -> None:
-        tracked = self.requests.get(request_id)
+    def _deadline_passed(self, event: TimerFired, now: float) -> None:
+        tracked = self.requests.get(RequestId(int(event.key.removeprefix("deadline/"))))
         if tracked is not None:
             limit = tracked.request.deadline_seconds
             where = f"while {tracked.phase}" if self.views else "with no worker alive"
             message = f"not finished within {limit:g} s ({where})"
             self._finish(tracked, "error", now, error=message, code="deadline_exceeded")
+
+    def _join_worker(self, joined: WorkerJoined, now: float) -> None:
+        self._forget_worker(joined.worker, "it has joined anew", now)
+        self.views[joined.worker] = WorkerView(joined)
 
     def _forget_worker(self, worker: WorkerId, reason: str, now: float) -> None:
         if self.views.pop(worker, None) is not None:

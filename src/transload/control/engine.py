@@ -17,7 +17,7 @@ from transload.control.batcher import plan_chunks
 from transload.control.blocks import BlockPool
 from transload.control.drawn import all_unreported, finish_of, unreported
 from transload.control.engine_config import EngineConfig as EngineConfig
-from transload.control.exchange import Exchange, Failed, Outcome, Released, Verified
+from transload.control.exchange import Exchange
 from transload.control.load_report import NO_STEP, LoadReport
 from transload.control.messages import (
     CacheChanged,
@@ -53,6 +53,7 @@ from transload.control.messages import (
     ToController,
     Token,
 )
+from transload.control.outcome import Failed, Outcome, Released, Verified
 from transload.control.prefix import root_key
 from transload.control.step_run import StepRun, hold
 from transload.control.work import Work, WorkKind
@@ -156,7 +157,7 @@ class Engine:
         """First come, first served: the head of the queue waits for room, and nobody overtakes it."""
         while self._waiting:
             work = self._waiting[0]
-            if work.kind != "send" and self._num_resident >= self.config.max_batch:
+            if work.kind != "send" and self._is_full:
                 return
             if not self._acquire_blocks(work):
                 return
@@ -168,9 +169,12 @@ class Engine:
                     self._open_receive(work)
 
     @property
-    def _num_resident(self) -> int:
-        """Requests that decode here, or will as soon as their KV cache has come."""
-        return sum(1 for work in self._works.values() if work.kind != "send" and work.phase != "waiting")
+    def _is_full(self) -> bool:
+        """Whether as many requests decode here, or will as soon as their KV cache has come, as may."""
+        most = self.config.max_batch
+        if len(self._works) - len(self._waiting) < most:
+            return False
+        return sum([work.kind != "send" and work.phase != "waiting" for work in self._works.values()]) >= most
 
     def _acquire_blocks(self, work: Work) -> bool:
         """Blocks for every token known so far, cached ones first. Leaves a block of growth to each running request."""
@@ -181,9 +185,11 @@ class Engine:
         last = work.num_known - (not comes_whole)  # one token must be computed, here or into these very blocks
         prefix = self.pool.match(work.keys(last // size, size, self._root))
         num_new = self.pool.blocks_for(work.num_known) - len(prefix)
-        growth = sum(1 for other in self._running.values() if other.kind != "send")
-        if self._running and num_new + growth > self.pool.room_beside(prefix):
-            return False
+        room = self.pool.room_beside(prefix)
+        if self._running and num_new + len(self._running) > room:
+            growth = sum([other.kind != "send" for other in self._running.values()])
+            if num_new + growth > room:
+                return False
         blocks = self.pool.acquire(prefix, num_new)
         if blocks is None:
             return False
@@ -479,14 +485,13 @@ class Engine:
         should tell first."""
         if self._waiting:
             return True
-        match event:
-            case PeerFrame() | TimerFired() | LayersReady() | ReportTokens():
-                return False
-            case Run(request, _, outputs) | Reserve(request, _, _, outputs) | Prefill(request, _, _, _, outputs):
-                num_new = self.pool.blocks_for(request.num_prompt_tokens + len(outputs)) + len(self._running)
-                return num_new + self._run.most_blocks(self.pool) > self.pool.num_free
-            case _:
-                return True
+        if isinstance(event, PeerFrame | TimerFired | LayersReady | ReportTokens):
+            return False
+        if isinstance(event, Run | Reserve | Prefill):
+            num_known = event.request.num_prompt_tokens + len(event.outputs)
+            num_new = self.pool.blocks_for(num_known) + len(self._running)
+            return num_new + self._run.most_blocks(self.pool) > self.pool.num_free
+        return True
 
     @property
     def holds_tokens(self) -> bool:

@@ -11,10 +11,9 @@ itself. Where the sender's steps work in our blocks, those of the prefix that th
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from random import Random
-
-import msgspec
 
 from transload.control.blocks import BlockPool
 from transload.control.handoff import KvReceiver, KvSender, Lease
@@ -37,33 +36,12 @@ from transload.control.messages import (
     TransferId,
     WorkerId,
 )
+from transload.control.outcome import Failed, Outcome, Released, Verified
 from transload.control.work import Work
 
 LEASE_TIMER = "leases"
 MAX_TOMBSTONES = 4096
 SHORTEST_TICK_SECONDS = 0.001
-
-
-class Verified(msgspec.Struct, frozen=True):
-    """The work's KV cache is complete and intact: it may run."""
-
-    work: Work
-
-
-class Released(msgspec.Struct, frozen=True):
-    """The receiver has taken over: the sender's blocks are no longer needed."""
-
-    work: Work
-
-
-class Failed(msgspec.Struct, frozen=True):
-    """This transfer will not complete. The exchange has closed its side and dealt with the blocks."""
-
-    work: Work
-    reason: str
-
-
-Outcome = Verified | Released | Failed
 
 
 def to_ms(seconds: float) -> int:
@@ -368,12 +346,13 @@ class Exchange:
 
     def _keep_leases(self) -> None:
         """Have a tick come at a third of the shortest lease, if there is any."""
-        leases = [work.sender.lease.seconds for work in self._sending.values() if work.sender is not None]
-        if self._receiving or self._quarantined:
-            leases.append(self._lease_seconds)
-        if not leases:
+        shortest = self._lease_seconds if self._receiving or self._quarantined else math.inf
+        for work in self._sending.values():
+            if work.sender is not None and work.sender.lease.seconds < shortest:
+                shortest = work.sender.lease.seconds
+        if shortest == math.inf:
             return
-        tick_seconds = max(min(leases) / 3, SHORTEST_TICK_SECONDS)
+        tick_seconds = max(shortest / 3, SHORTEST_TICK_SECONDS)
         if self._tick_seconds is None or tick_seconds < self._tick_seconds:
             self._tick_seconds = tick_seconds
             self._out.append(SetTimer(LEASE_TIMER, tick_seconds))

@@ -8,9 +8,7 @@ free for decoding.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
-
-import msgspec
+from typing import Literal, NamedTuple
 
 from transload.control.messages import Request, WorkerId
 from transload.control.rates import LinkRate
@@ -22,7 +20,7 @@ FRAMES_PER_CHUNK = 6
 """Into how many frames a chunk's KV is cut about: only the last one is not hidden behind the computing."""
 
 
-class Decision(msgspec.Struct, frozen=True):
+class Decision(NamedTuple):
     """Decode on `decode`; prefill on `prefill` or, if None, on the decode worker itself."""
 
     decode: WorkerId
@@ -95,15 +93,20 @@ class Router:
 
     def why_never(self, request: Request, views: Sequence[WorkerView]) -> str | None:
         """Why none of these workers can ever run the request, or None if one can or there is none."""
-        if not views or self._able_to_decode(request, views):
+        wanted = most_tokens(request)
+        for view in views:
+            if view.holds(wanted):
+                return None
+        if not views:
             return None
         most = max(view.num_blocks * view.block_size for view in views)
-        return f"needs {most_tokens(request)} tokens of KV cache; no worker holds more than {most}"
+        return f"needs {wanted} tokens of KV cache; no worker holds more than {most}"
 
     @staticmethod
     def _able_to_decode(request: Request, views: Sequence[WorkerView]) -> list[WorkerView]:
         """Prefill workers decode only when there is nobody else who can."""
-        able = [view for view in views if view.holds(most_tokens(request))]
+        wanted = most_tokens(request)
+        able = [view for view in views if view.holds(wanted)]
         return [view for view in able if view.role != "prefill"] or able
 
     def _pick_decode(

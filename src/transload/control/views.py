@@ -56,6 +56,8 @@ class WorkerView:
     def num_cached_tokens(self, keys: Sequence[bytes]) -> int:
         """Tokens of a prompt with these keys whose KV is believed to be here."""
         count = 0
+        if not self.cached:
+            return count
         for key in keys:
             if key not in self.cached:
                 break
@@ -64,7 +66,8 @@ class WorkerView:
 
     def queue_seconds(self) -> float:
         """Until the prompts assigned here are computed."""
-        return self.prefill_rate.seconds_per_unit * sum(self.prefill_tokens.values())
+        waiting = self.prefill_tokens
+        return self.prefill_rate.seconds_per_unit * sum(waiting.values()) if waiting else 0.0
 
     def take_load(self, load: Load) -> None:
         self.load = load

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from transload.control.engine import Engine, EngineConfig
+from transload.control.engine import Engine
 from transload.control.messages import (
     CancelSends,
     ControllerEvent,
@@ -19,7 +19,6 @@ from transload.control.messages import (
     KvDone,
     Load,
     Reject,
-    Role,
     RunStep,
     SendFrame,
     Stream,
@@ -29,19 +28,7 @@ from transload.control.messages import (
 from transload.runtime.decode_run import DecodeRun
 from transload.runtime.flight import Flight, StepLog
 from transload.runtime.flows import Flow, Wire
-
-
-class VirtualWorker(msgspec.Struct, frozen=True, kw_only=True):
-    """A worker to be simulated."""
-
-    engine: EngineConfig
-    pool: str
-    role: Role
-    layers_per_frame: int
-    one_sided: bool = True
-    """Whether its links write straight into the peer's memory, as shared memory does."""
-    in_place: bool = False
-    """Whether its steps can work in the blocks of peers that can work in its own: then nothing crosses. One-sided."""
+from transload.runtime.virtual_worker import VirtualWorker as VirtualWorker
 
 
 class VirtualSink(Protocol):
@@ -161,7 +148,7 @@ class LiveWorker:
         self.log = StepLog(spec.engine.hold_tokens + spec.engine.run_steps)
         self.is_emitting = False
         """While its engine is told of steps: what it reports of tokens was made in the last of them."""
-        self.words: list[ControllerEvent] = []
+        self.words: list[ControllerEvent | Flight] = []
         """What its engine has to tell the controller after the event of the moment."""
         self.flights: deque[Flight] = deque()
         """Tokens on their way to the controller."""

@@ -69,7 +69,7 @@ from transload.runtime.virtual_steps import DrawToken, VirtualSteps
 CONTROLLER = WorkerId("controller")
 STEP_ENDS, OUTSIDE, TIMERS, MESSAGES = (kind << 40 for kind in range(4))
 """Kinds of what happens, in the order in which they do if it is at the same time; frames come last."""
-READS_PROGRESS = (Cancelled, TimerFired, WorkerGone, WorkerJoined, HandoffFailed, RequestFailed)
+READS_PROGRESS = frozenset({Cancelled, TimerFired, WorkerGone, WorkerJoined, HandoffFailed, RequestFailed})
 """What makes the controller look at how many tokens a request has."""
 
 
@@ -123,6 +123,14 @@ class VirtualRuntime:
             ForgetKv: self._forget,
             SetTimer: self._set_worker_timer,
             CancelTimer: self._cancel_worker_timer,
+        }
+        self._obey_controller: dict[type, Callable[[Any], None]] = {
+            ToWorker: self._to_worker,
+            Finish: lambda command: self._sink.finish(command, self.now),
+            Reject: lambda command: self._sink.reject(command, self.now),
+            RestartWorker: self._restart_worker,
+            SetTimer: self._set_controller_timer,
+            CancelTimer: self._cancel_controller_timer,
         }
         for worker in self._specs:
             self.outside(0.0, self._start_worker, worker)
@@ -220,36 +228,45 @@ class VirtualRuntime:
 
     def tell_controller(self, event: ControllerEvent, times: Sequence[float] | None = None) -> None:
         """Have the controller handle an event."""
-        if isinstance(event, READS_PROGRESS):
+        if type(event) in READS_PROGRESS:
             self.catch_up()
         if self._observe is not None:
             self._observe(self.now, CONTROLLER, event)
-        if self._watcher is not None and type(event) is Load:
+        if type(event) is Load and self._watcher is not None:
             self._watcher.load(event, self.now)
         for command in self.controller.handle(event, self.now):
-            match command:
-                case Stream(token):
-                    count = 1 + len(token.more)
-                    if times is None:
-                        own: Sequence[float] = (self.now,) * count
-                    else:
-                        own = times.last(count) if isinstance(times, StepTimes) else times[len(times) - count :]
-                    self._sink.stream(command, own)
-                case ToWorker(worker, assignment):
-                    live = self.workers.get(worker)
-                    if live is not None:
-                        self._message(2 * live.index, self.tell_worker, live, assignment)
-                case Finish():
-                    self._sink.finish(command, self.now)
-                case Reject():
-                    self._sink.reject(command, self.now)
-                case RestartWorker(worker, after_seconds):
-                    at_seconds = self.now + after_seconds + self._cost.start_seconds(worker)
-                    self.outside(at_seconds, self._start_worker, worker)
-                case SetTimer(key, after_seconds):
-                    self._set_timer(CONTROLLER, TIMERS, after_seconds, key, self.tell_controller, TimerFired(key))
-                case CancelTimer(key):
-                    self._timers.pop((CONTROLLER, key), None)
+            if type(command) is Stream:
+                self._stream(command, times)
+            else:
+                self._obey_controller[type(command)](command)
+
+    # -- what the controller wishes -----------------------------------------------------------------------------------
+
+    def _stream(self, command: Stream, times: Sequence[float] | None) -> None:
+        count = 1 + len(command.token.more)
+        if times is None:
+            own: Sequence[float] = (self.now,) * count
+        else:
+            own = times.last(count) if isinstance(times, StepTimes) else times[len(times) - count :]
+        self._sink.stream(command, own)
+
+    def _to_worker(self, command: ToWorker) -> None:
+        live = self.workers.get(command.worker)
+        if live is not None:
+            self._message(2 * live.index, self.tell_worker, live, command.event)
+
+    def _restart_worker(self, command: RestartWorker) -> None:
+        at_seconds = self.now + command.after_seconds + self._cost.start_seconds(command.worker)
+        self.outside(at_seconds, self._start_worker, command.worker)
+
+    def _set_controller_timer(self, command: SetTimer) -> None:
+        fire = TimerFired(command.key)
+        self._set_timer(CONTROLLER, TIMERS, command.after_seconds, command.key, self.tell_controller, fire)
+
+    def _cancel_controller_timer(self, command: CancelTimer) -> None:
+        self._timers.pop((CONTROLLER, command.key), None)
+
+    # -- what happens to workers --------------------------------------------------------------------------------------
 
     def tell_worker(self, worker: LiveWorker, event: EngineEvent) -> None:
         """Have an engine handle an event, if it is still alive; a paused one does so when it goes on."""
@@ -266,7 +283,9 @@ class VirtualRuntime:
         obey = self._obey_worker
         for command in engine.handle(event, self.now + worker.clock_offset_seconds):
             obey[type(command)](worker, command)
-        self._send_words(worker)
+        if worker.words:
+            words, worker.words = worker.words, []
+            self._message(2 * worker.index + 1, self._words_arrive, worker, words)
 
     def catch_up(self) -> None:
         """Have the controller know every token that has got to it by now."""
@@ -282,46 +301,38 @@ class VirtualRuntime:
         self._at(at_seconds, MESSAGES | channel, action, arguments)
 
     def _to_controller(self, worker: LiveWorker, command: ToController) -> None:
-        event, channel = command.event, 2 * worker.index + 1
+        event = command.event
         if type(event) is not Emitted or not worker.is_emitting:
             worker.words.append(event)
             return
-        self._send_words(worker)
         length = max([1 + len(token.more) for token in event.tokens])
-        after_seconds = on_tick(self._cost.message_seconds())
-        times = worker.log.times(length, after_seconds)
-        if not self._steps.jumps:
-            self._message(channel, self._from_worker, worker, (event,), times)
-            return
-        worker.flights.append(Flight(event, times))
-        self._at(self.now + after_seconds, MESSAGES | channel, self._flight_arrives, (worker,))
+        flight = Flight(event, worker.log.times(length, on_tick(self._cost.message_seconds())))
+        worker.words.append(flight)
+        if self._steps.jumps:
+            worker.flights.append(flight)
 
-    def _send_words(self, worker: LiveWorker) -> None:
-        """What a worker has to say after one event goes in one message."""
-        if worker.words:
-            words, worker.words = worker.words, []
-            self._message(2 * worker.index + 1, self._from_worker, worker, words)
-
-    def _from_worker(
-        self, worker: LiveWorker, events: Sequence[ControllerEvent], times: Sequence[float] | None = None
-    ) -> None:
-        """What a worker said before it died is lost with its socket, unless it has arrived."""
-        for event in events:
-            if worker.is_alive and not worker.is_declared_gone:
-                self.tell_controller(event, times)
-
-    def _flight_arrives(self, worker: LiveWorker) -> None:
-        landed = worker.flights.popleft().land(None)
-        if landed is not None:
-            self._from_worker(worker, (landed[0],), landed[1])
+    def _words_arrive(self, worker: LiveWorker, words: Sequence[ControllerEvent | Flight]) -> None:
+        """What a worker says after one event comes in one message. What it said before it died is lost with its socket,
+        unless it has arrived."""
+        for word in words:
+            if not worker.is_alive or worker.is_declared_gone:
+                return
+            if isinstance(word, Flight):
+                if worker.flights:
+                    worker.flights.popleft()
+                if (landed := word.land(None)) is not None:
+                    self.tell_controller(*landed)
+            else:
+                self.tell_controller(word)
 
     def _settle(self, worker: LiveWorker) -> None:
         """Tell the controller those tokens that have got there by now, before the run that they are of is over."""
-        if self._steps.jumps:
-            self._steps.report_tokens(worker)
+        if not self._steps.jumps:
+            return
+        self._steps.report_tokens(worker)
         for flight in worker.flights:
-            if (landed := flight.land(self.now)) is not None:
-                self._from_worker(worker, (landed[0],), landed[1])
+            if (landed := flight.land(self.now)) is not None and not worker.is_declared_gone:
+                self.tell_controller(*landed)
 
     # -- what engines wish --------------------------------------------------------------------------------------------
 

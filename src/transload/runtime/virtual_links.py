@@ -16,7 +16,7 @@ from transload.control.messages import (
     SendsDrained,
     WorkerId,
 )
-from transload.runtime.cluster import FrameFault, KvContents, Link, LiveWorker, Watcher, is_intact
+from transload.runtime.cluster import FrameFault, KvContents, Link, LiveWorker, Watcher, faithful, is_intact
 from transload.runtime.cost import CostModel
 from transload.runtime.flows import Flow, Flows
 
@@ -168,19 +168,17 @@ class VirtualLinks:
             return
         send, link.current = link.current, None
         source, target, frame = link.source, link.target, send.frame
-        checksum = frame.checksum if isinstance(frame, KvData) else 0
-        arrivals = [(0.0, frame, checksum)]
-        if self._frame_fault is not None:
-            arrivals = self._frame_fault(source.name, target.name, frame)
+        arrivals = (self._frame_fault or faithful)(source.name, target.name, frame)
         if isinstance(frame, KvData):
             self._end_data(link, send, intact=all(map(is_intact, arrivals)))
         at = self._runtime.now + link.wire.latency_seconds
         for delay, arriving, arrived_checksum in arrivals:
             event = PeerFrame(source.name, arriving, arrived_checksum)
             self._runtime.at_frame(at + delay, link, self._arrive, target, send, event)
-        drains, link.drains = link.drains, []
-        for drain in drains:
-            self.drained(source, drain)
+        if link.drains:
+            drains, link.drains = link.drains, []
+            for drain in drains:
+                self.drained(source, drain)
 
     def _end_late(self, link: Link) -> None:
         self._end(link)

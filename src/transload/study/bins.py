@@ -9,6 +9,8 @@ from transload.study.metrics import Distribution
 from transload.study.result import NUM_BINS
 
 FIRST_WIDTH_SECONDS = 1 / 64
+BINS_PER_E = 100.0
+"""Of a histogram, while values grow to e times as much."""
 
 
 class TimeBins:
@@ -53,17 +55,15 @@ def align(bins: list[TimeBins], duration: float) -> None:
 class LogHistogram:
     """Counts of positive values, in bins of 1 % width: percentiles to half a percent, mean and maximum exact."""
 
-    PER_E = 100.0
-
     def __init__(self) -> None:
         self.counts: dict[int, int] = {}
         self.num_values = 0
         self.total = 0.0
         self.largest = 0.0
 
-    @classmethod
-    def bin_of(cls, value: float) -> int:
-        return math.floor(math.log(value) * cls.PER_E) if value > 1e-12 else -10_000
+    @staticmethod
+    def bin_of(value: float) -> int:
+        return math.floor(math.log(value) * BINS_PER_E) if value > 1e-12 else -10_000
 
     def add(self, index: int, count: int, total: float, largest: float) -> None:
         """So many values of one bin, their sum, and the largest of them."""
@@ -88,7 +88,7 @@ class LogHistogram:
         reached = 0
         for index in sorted(self.counts):
             reached += self.counts[index]
-            yield reached, math.exp((index + 0.5) / self.PER_E)
+            yield reached, math.exp((index + 0.5) / BINS_PER_E)
 
     def distribution(self) -> Distribution | None:
         """None if there are no values."""

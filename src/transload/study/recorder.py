@@ -109,6 +109,8 @@ class Recorder:
         self._targets = targets
         self._ended = ended
         self._pool_of = pool_of
+        self._tallies = {worker: self.pools[name] for worker, name in pool_of.items()}
+        self._links: dict[tuple[WorkerId, WorkerId], LinkTally] = {}
         self._loads: dict[WorkerId, tuple[float, int, float]] = {}
 
     # -- requests -----------------------------------------------------------------------------------------------------
@@ -233,7 +235,7 @@ class Recorder:
             end = stages[index + 1].start if index + 1 < len(stages) else now
             seconds[stage.name] = seconds.get(stage.name, 0.0) + end - stage.start
             if stage.name == "preempted" and stage.worker is not None:
-                self.pools[self._pool_of[stage.worker]].num_preemptions += 1
+                self._tallies[stage.worker].num_preemptions += 1
             if stage.name == "transfer":
                 self._take_transfer(tracked, end - stage.start, stage.detail.get("wire_seconds", 0.0))
             elif "transfer_wire_seconds" in stage.detail:
@@ -261,16 +263,16 @@ class Recorder:
     # -- the watcher --------------------------------------------------------------------------------------------------
 
     def _link(self, source: WorkerId, target: WorkerId) -> LinkTally:
-        pair = self._pool_of[source], self._pool_of[target]
-        tally = self.links.get(pair)
+        tally = self._links.get((source, target))
         if tally is None:
-            tally = self.links[pair] = LinkTally()
+            pair = self._pool_of[source], self._pool_of[target]
+            tally = self._links[source, target] = self.links.setdefault(pair, LinkTally())
         return tally
 
     def steps(
         self, worker: WorkerId, start: float, end: float, num_steps: int, num_prefill_tokens: int, num_decode: int
     ) -> None:
-        pool = self.pools[self._pool_of[worker]]
+        pool = self._tallies[worker]
         seconds = end - start
         requests = num_decode + (num_prefill_tokens > 0)
         pool.busy.add(start, end, seconds)
@@ -307,7 +309,7 @@ class Recorder:
         share = load.blocks_referenced / load.blocks_total
         self._until(load.worker, now)
         self._loads[load.worker] = now, load.num_waiting, share
-        pool = self.pools[self._pool_of[load.worker]]
+        pool = self._tallies[load.worker]
         if share > pool.peak_kv_share:
             pool.peak_kv_share = share
 
@@ -315,7 +317,7 @@ class Recorder:
         """What a worker last said of itself held until now."""
         since, waiting, share = self._loads.get(worker, (now, 0, 0.0))
         if now > since and (waiting or share):
-            pool = self.pools[self._pool_of[worker]]
+            pool = self._tallies[worker]
             pool.kv.add(since, now, share * (now - since))
             pool.kv_seconds += share * (now - since)
             if waiting:

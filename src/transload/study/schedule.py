@@ -34,6 +34,7 @@ class Schedule:
         self._end_seconds = float("inf") if workload.duration_seconds is None else workload.duration_seconds
         self._source = enumerate(workload)
         self._head = next(self._source, None)
+        self._head_due: Due | None = None  # made once for each head
         self._released: list[Due] = []  # heap of turns whose turn has come
         self._sessions: dict[int, _Session] = {}
 
@@ -94,10 +95,15 @@ class Schedule:
                 self._head = next(self._source, None)
             else:
                 break
-        candidates = self._released[:1]
+        head = None
         if self._head is not None:
-            candidates.append(Due(self._head[1].at_seconds, *self._head))
-        return min(candidates, default=None)
+            number, arrival = self._head
+            head = self._head_due
+            if head is None or head.number != number:
+                head = self._head_due = Due(arrival.at_seconds, number, arrival)
+        if self._released and (head is None or self._released[0] <= head):
+            return self._released[0]
+        return head
 
     def _park(self, index: int, arrival: ArrivalSpec, number: int) -> None:
         session = self._sessions.setdefault(number, _Session())

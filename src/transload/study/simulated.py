@@ -366,6 +366,8 @@ class ClusterCost:
         for link in cluster.links:
             self._links[link.source, link.target] = link
         self._ports: dict[tuple[str, str, str], Port] = {}
+        measured = [pool.chip.measured for pool in cluster.pools if pool.chip.measured is not None]
+        self._message_seconds = max((each.message_seconds for each in measured), default=MESSAGE_SECONDS)
 
     def step_seconds(self, worker: WorkerId, chunks: Sequence[Chunk]) -> float:
         pool = self._pools[worker]
@@ -397,8 +399,7 @@ class ClusterCost:
 
     def message_seconds(self) -> float:
         """As it was measured, where it was."""
-        measured = [pool.chip.measured for pool in self._cluster.pools if pool.chip.measured is not None]
-        return max((each.message_seconds for each in measured), default=MESSAGE_SECONDS)
+        return self._message_seconds
 
     def start_seconds(self, worker: WorkerId) -> float:
         pool = self._pools[worker]
