@@ -11,7 +11,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from benchmark_docs import engine, movement, serving, simulated  # noqa: E402
+from benchmark_docs import engine, faults, movement, serving, simulated  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 TARGET = ROOT / "docs" / "benchmarks.md"
@@ -34,7 +34,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "gpu-llama-1b-h100.json": engine.gpu,
     "gpu-llama-8b-h100.json": engine.gpu,
     "simulation.json": simulated.simulation,
-    "torture.json": simulated.torture,
+    "torture.json": faults.torture,
+    "torture_afd.json": faults.torture,
 }
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections import Counter, deque
 from collections.abc import Callable
 from random import Random
 
@@ -178,6 +179,11 @@ class Attention:
         self.sent = {}
         self.unfinished: set[int] = set()
         self.is_alive = True
+
+    @property
+    def at_work(self) -> str:
+        """What it is at, for the count of what faults hit."""
+        return "with calls open" if self.calls else "idle" if self.is_done else "between calls"
 
     @property
     def is_done(self) -> bool:
@@ -370,6 +376,11 @@ class Ffn:
         self.busy_since: float | None = None
         self.is_alive = True
 
+    @property
+    def at_work(self) -> str:
+        """What it is at, for the count of what faults hit."""
+        return "idle" if self.busy_since is None else "in a batch"
+
     def give(self, event: FfnServerEvent) -> None:
         commands = self.server.handle(event, self.world.now)
         self.server.check()
@@ -464,8 +475,11 @@ class World:
         self.now = 0.0
         self.heap: list[tuple[float, int, Callable[[], None]]] = []
         self.order = itertools.count()
-        self.log: list[str] = []
+        self.log: deque[tuple[float, str, object, object]] = deque(maxlen=200)
+        """(when, who, event, commands)"""
         self.num_events = 0
+        self.struck: Counter[str] = Counter()
+        """How often each fault has hit what."""
         self.ffn = [Ffn(self, index) for index in range(self.plan.ffn_workers)]
         self.attention = [Attention(self, index) for index in range(self.plan.attention_workers)]
 
@@ -486,7 +500,8 @@ class World:
                 assert not worker.calls
                 assert worker.client.num_open == 0 or not worker.is_alive, "credit is never given back"
         except AssertionError as error:
-            story = "\n".join(self.log[-40:])
+            last = [*self.log][-40:]
+            story = "\n".join([f"{now:.6f} {who}: {event} -> {commands}" for now, who, event, commands in last])
             raise AssertionError(f"seed {self.seed} at {self.now:.6f} s: {error}\n{self.plan}\n{story}") from error
         return self
 
@@ -494,11 +509,13 @@ class World:
         heapq.heappush(self.heap, (time, next(self.order), happens))
 
     def told(self, who: str, event: object, commands: object) -> None:
-        self.log.append(f"{self.now:.6f} {who}: {event} -> {commands}")
-        del self.log[:-200]
+        self.log.append((self.now, who, event, commands))
 
     def happens(self, fault: str) -> bool:
-        return self.random.random() < self.plan.rates[fault]
+        if self.random.random() >= self.plan.rates[fault]:
+            return False
+        self.struck["batches: fail" if fault == "fail" else f"messages: {fault}"] += 1
+        return True
 
     # -- wires --------------------------------------------------------------------------------------------------------
 
@@ -566,12 +583,19 @@ class World:
         self.at(self.now + self.plan.wire_seconds, hang_up)
 
     def _disturbance(self, what: str, whom: int) -> Callable[[], None]:
-        return {
+        worker = self.ffn[whom] if what.endswith("ffn") else self.attention[whom]
+        happens = {
             "kill-ffn": lambda: self._kill_ffn(self.ffn[whom]),
             "kill-attention": lambda: self._kill_attention(self.attention[whom]),
             "stall-attention": lambda: self._stall(self.attention[whom]),
             "stall-ffn": lambda: self._stall(self.ffn[whom]),
         }[what]
+
+        def disturb() -> None:
+            self.struck[f"{what}: {worker.at_work if worker.is_alive else 'of nobody, it was down'}"] += 1
+            happens()
+
+        return disturb
 
     def _stall(self, worker: Attention | Ffn) -> None:
         worker.stalled_until = self.now + self.random.choice((0.01, 0.1, 1.0))

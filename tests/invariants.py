@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from functools import cache
 
 from transload.control.exchange import MAX_TOMBSTONES
 from transload.control.messages import RequestId, WorkerId
@@ -10,31 +10,44 @@ from transload.control.work import Work
 from transload.runtime.virtual import CONTROLLER, VirtualRuntime
 
 
-def check_ownership(runtime: VirtualRuntime) -> None:
+def check_ownership(runtime: VirtualRuntime, changed: WorkerId | None = None) -> None:
     """An attempt at a request is in one phase, cluster-wide: one worker decodes it or will, one prefills it for the
-    other, and never do both compute."""
-    attempts: dict[tuple[RequestId, int], list[tuple[WorkerId, Work]]] = defaultdict(list)
+    other, and never do both compute. `changed`: the only machine whose insides may have changed since all of it held;
+    then what does not hang on them is left out."""
+    if changed is None or changed == CONTROLLER:
+        for name, worker in runtime.workers.items():
+            for work in worker.engine._works.values():
+                _check_attempt(runtime, name, work)
+    elif (worker_changed := runtime.workers.get(changed)) is not None:
+        for work in worker_changed.engine._works.values():
+            _check_attempt(runtime, changed, work)
+
+
+def _check_attempt(runtime: VirtualRuntime, holder: WorkerId, work: Work) -> None:
+    """Against everybody else who holds something of the same attempt, and against what the controller knows of it."""
+    request_id, epoch = work.request.id, work.epoch
     for name, worker in runtime.workers.items():
-        for work in worker.engine._works.values():
-            attempts[work.request.id, work.epoch].append((name, work))
-    for (request_id, epoch), held in attempts.items():
-        where = {name: (work.kind, work.phase) for name, work in held}
-        at_home = [work for _, work in held if work.kind != "send"]
-        away = [work for _, work in held if work.kind == "send"]
-        assert len(at_home) <= 1, f"request {request_id} is at home twice: {where}"
-        assert len(away) <= 1, f"request {request_id} is prefilled twice: {where}"
-        if at_home and away and at_home[0].kind == "run":
-            assert away[0].phase == "sent", f"request {request_id} is computed twice: {where}"
-        tracked = runtime.controller.requests.get(request_id)
-        if tracked is not None:
-            assert epoch <= tracked.epoch
-            if epoch == tracked.epoch:
-                assert {name for name, _ in held} <= set(tracked.workers()), f"{where}, not {list(tracked.workers())}"
+        other = worker.engine._works.get(request_id)
+        if other is None or other is work or other.epoch != epoch:
+            continue
+        where = {holder: (work.kind, work.phase), name: (other.kind, other.phase)}
+        assert "send" in (work.kind, other.kind), f"request {request_id} is at home twice: {where}"
+        assert (work.kind, other.kind) != ("send", "send"), f"request {request_id} is prefilled twice: {where}"
+        home, away = (other, work) if work.kind == "send" else (work, other)
+        if home.kind == "run":
+            assert away.phase == "sent", f"request {request_id} is computed twice: {where}"
+    tracked = runtime.controller.requests.get(request_id)
+    if tracked is not None:
+        assert epoch <= tracked.epoch
+        if epoch == tracked.epoch:
+            assert holder in (tracked.decode, tracked.prefill), f"{holder}, not {list(tracked.workers())}"
 
 
-def check_links(runtime: VirtualRuntime) -> None:
-    """No transfer goes on over a link that its worker knows to be lost."""
-    for worker in runtime.workers.values():
+def check_links(runtime: VirtualRuntime, changed: WorkerId | None = None) -> None:
+    """No transfer goes on over a link that its worker knows to be lost. Of all workers, or of one."""
+    for name, worker in runtime.workers.items():
+        if changed is not None and name != changed:
+            continue
         exchange = worker.engine.exchange
         for work in exchange._receiving.values():
             assert work.receiver is not None
@@ -42,28 +55,40 @@ def check_links(runtime: VirtualRuntime) -> None:
         for work in exchange._sending.values():
             assert work.sender is not None
             assert work.sender.target in exchange._peers or work.phase == "draining" or work.failed
-        assert {source for source, _ in exchange._quarantined.values()} <= set(exchange._peers)
+        for source, _ in exchange._quarantined.values():
+            assert source in exchange._peers
+        assert len(exchange._tombstones) <= MAX_TOMBSTONES
 
 
 def check_bounds(runtime: VirtualRuntime) -> None:
-    """Everything that grows with load has a limit."""
+    """Everything of the controller's that grows with load has a limit."""
     controller = runtime.controller
-    num_recovered = sum(tracked.epoch > 0 for tracked in controller.requests.values())
+    num_recovered = sum([tracked.epoch > 0 for tracked in controller.requests.values()])
     assert controller.num_waiting <= controller.config.max_waiting + num_recovered
     assert len(controller.ended) <= controller.config.keep_ended
     for tracked in controller.requests.values():
         assert len(tracked.pending) <= tracked.request.max_tokens
-    for view in controller.views.values():
-        assert len(view.committed_blocks) <= view.max_batch
-        assert sum(view.committed_blocks.values()) <= view.num_blocks or len(view.committed_blocks) == 1
+    views = controller.views
+    for view in views.values():
+        committed = view.committed_blocks
+        assert len(committed) <= view.max_batch
+        assert len(committed) <= 1 or sum(committed.values()) <= view.num_blocks
         assert len(view.cached) <= view.num_blocks
-    assert {pair for pair in controller.links if not set(pair) <= set(controller.views)} == set(), "a link to nobody"
-    deadlines = {key for owner, key in runtime._timers if owner == CONTROLLER}
-    wanted = {f"deadline/{request_id}" for request_id in controller.requests}
-    assert deadlines <= wanted, "a timer of a request that has ended"
-    assert len(wanted - deadlines) <= 1, "a request without a deadline"  # one may be firing just now
-    for worker in runtime.workers.values():
-        assert len(worker.engine.exchange._tombstones) <= MAX_TOMBSTONES
+    for source, target in controller.links:
+        assert source in views, "a link from nobody"
+        assert target in views, "a link to nobody"
+    num_deadlines = 0
+    for owner, key in runtime._timers:
+        if owner == CONTROLLER:
+            num_deadlines += 1
+            assert _request_of(key) in controller.requests, "a timer of a request that has ended"
+    assert len(controller.requests) - num_deadlines <= 1, "a request without a deadline"  # one may be firing just now
+
+
+@cache
+def _request_of(key: str) -> RequestId:
+    """Of the timer of a request's deadline."""
+    return RequestId(int(key.removeprefix("deadline/")))
 
 
 def check_quiescent(runtime: VirtualRuntime) -> None:

@@ -2,35 +2,94 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from random import Random
 from typing import Any, Literal
 
 import msgspec
 
-from tests.world import World, expected_end
+from tests.world import Check, World, expected_end
 from transload.control.controller import ControllerConfig
-from transload.control.messages import Chunk, Frame, HandoffFailed, KvData, RequestFailed, RunStep, WorkerId
+from transload.control.messages import (
+    Chunk,
+    Frame,
+    HandoffFailed,
+    KvData,
+    Message,
+    PeerFrame,
+    Preempted,
+    RequestFailed,
+    RequestId,
+    RunStep,
+    TransferId,
+    WorkerId,
+)
 from transload.control.router import LocalPrefill, Policy
 from transload.runtime.cluster import faithful
 from transload.runtime.flows import Port, Wire
 
 HOUR = 3600.0
 PATIENCE = 600.0
-FAULTS = ("drop", "repeat", "delay", "change")
 """Deadline of a request that nobody is in a hurry for: reaching it means that something has hung."""
+FAULTS = ("drop", "repeat", "delay", "change")
+
+
+class Struck:
+    """How often each fault has hit something, and what. Only looks."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._sequences: dict[tuple[WorkerId, TransferId], int] = {}
+
+    def watch(self, world: World, who: WorkerId, event: Message) -> None:
+        """Before an event is handled."""
+        if type(event) is PeerFrame and type(event.frame) is KvData:
+            name, sequence = (who, event.frame.transfer), event.frame.sequence
+            latest = self._sequences.get(name, -1)
+            self.counts["frames: came after a later one"] += sequence < latest
+            self._sequences[name] = max(sequence, latest)
+        elif type(event) is Preempted:
+            self.counts["out of blocks: a request gave way"] += 1
+        elif (worker := world.runtime.workers.get(who)) is not None and worker.engine._waiting:
+            engine = worker.engine
+            if engine._num_resident < engine.config.max_batch:
+                self.counts["out of blocks: events while a request waited for some"] += 1
+
+    def worker(self, world: World, event: str, name: WorkerId) -> None:
+        """Just before something happens to a worker: what it is at."""
+        worker = world.runtime.workers.get(name)
+        if worker is None:
+            what = "of nobody, it was down"
+        elif worker.engine.exchange.num_open:
+            what = "with a transfer open"
+        elif worker.engine._chunks:
+            what = "in a step"
+        else:
+            what = "idle" if worker.engine.is_idle else "while requests waited"
+        self.counts[f"{event}: {what}"] += 1
+
+    def caller(self, world: World, request: RequestId) -> None:
+        """Just before a caller goes away: where its request is."""
+        tracked = world.runtime.controller.requests.get(request)
+        self.counts[f"client gone: {'after the end' if tracked is None else tracked.phase}"] += 1
 
 
 class FaultyWires:
     """Drops, repeats, delays (so reorders) and changes frames, each at its rate."""
 
-    def __init__(self, random: Random, rates: Mapping[str, float], *, one_sided: bool) -> None:
+    def __init__(self, random: Random, rates: Mapping[str, float], struck: Struck, *, one_sided: bool) -> None:
         self.random = random
         self.one_sided = one_sided
         self.rates = rates
+        self.counts = struck.counts
 
     def happens(self, fault: str) -> bool:
-        return self.random.random() < self.rates[fault]
+        if self.random.random() >= self.rates[fault]:
+            return False
+        self.counts[f"frames: {fault}"] += 1
+        return True
 
     def __call__(self, source: WorkerId, target: WorkerId, frame: Frame) -> list[tuple[float, Frame, int]]:
         if self.happens("drop"):
@@ -40,13 +99,14 @@ class FaultyWires:
             delays.append(self.random.random() * 0.1)
         if self.happens("delay"):
             delays = [self.random.random() * 0.2 for _ in delays]
+        is_data = isinstance(frame, KvData)
         checksum = frame.checksum if isinstance(frame, KvData) else 0
-        changed = isinstance(frame, KvData) and self.happens("change")
+        changed = is_data and self.happens("change")
         arrivals: list[tuple[float, Frame, int]] = []
         for delay in delays:
             arrivals.append((delay, frame, checksum ^ 1 if changed else checksum))
             if not self.one_sided:  # each copy is on its own; what lies in memory is the same for all
-                changed = isinstance(frame, KvData) and self.happens("change")
+                changed = is_data and self.happens("change")
         return arrivals
 
 
@@ -78,12 +138,16 @@ class UnevenCost:
 class FaultySteps:
     """Steps that fail, at a rate."""
 
-    def __init__(self, random: Random, rate: float) -> None:
+    def __init__(self, random: Random, rate: float, struck: Struck) -> None:
         self.random = random
         self.rate = rate
+        self.counts = struck.counts
 
     def __call__(self, worker: WorkerId, step: RunStep) -> str | None:
-        return "out of memory" if self.random.random() < self.rate else None
+        if self.random.random() >= self.rate:
+            return None
+        self.counts["steps: fail"] += 1
+        return "out of memory"
 
 
 Event = Literal["kill", "pause", "hang", "lose", "clock"]
@@ -148,7 +212,7 @@ def draw(seed: int) -> Schedule:
     rates = draw_rates(random)
     step_failure_rate = random.choice((0.0, 0.0, 0.0, 0.01, 0.05))
     asks = _draw_asks(random)
-    disturbances = tuple(_draw_disturbance(random, cluster["workers"]) for _ in range(random.choice((0, 0, 1, 3))))
+    disturbances = tuple(_draw_disturbance(random, cluster["workers"]) for _ in range(random.choice((0, 1, 1, 3))))
     return Schedule(
         seed=seed,
         **cluster,
@@ -204,7 +268,7 @@ def _draw_asks(random: Random) -> tuple[Ask, ...]:
     window = random.choice((0.0, 0.2, 2.0))
     longest_prompt, longest_text = random.choice(((40, 20), (40, 20), (10, 30)))
     asks = []
-    for _ in range(random.randint(1, 14)):
+    for _ in range(random.randint(1, random.choice((3, 6, 14)))):
         max_tokens = random.randint(1, longest_text)
         asks.append(
             Ask(
@@ -233,16 +297,17 @@ def _draw_disturbance(random: Random, workers: str) -> Disturbance:
     }[event]
     return Disturbance(
         event=event,
-        at_seconds=1 + random.random() * 2,
+        at_seconds=1 + random.random() * random.choice((0.1, 0.5, 2.0)),
         worker=random.choice(workers.split()),
         seconds=random.choice(seconds),
     )
 
 
-def build(schedule: Schedule) -> World:
+def build(schedule: Schedule, check: Check = "changed") -> World:
     """The cluster of a schedule, its load and what will happen to it."""
     disturbed = any(schedule.frame_rates.values())
-    random = Random(f"{schedule.seed} frames")
+    random, struck = Random(f"{schedule.seed} frames"), Struck()
+    wires = FaultyWires(random, schedule.frame_rates, struck, one_sided=schedule.one_sided)
     world = World(
         schedule.workers,
         num_blocks=schedule.num_blocks,
@@ -253,12 +318,15 @@ def build(schedule: Schedule) -> World:
         staged=schedule.staged,
         in_place=schedule.in_place,
         cost=UnevenCost(Random(f"{schedule.seed} messages"), schedule),
-        frame_fault=FaultyWires(random, schedule.frame_rates, one_sided=schedule.one_sided) if disturbed else faithful,
-        step_fault=FaultySteps(Random(f"{schedule.seed} steps"), schedule.step_failure_rate),
+        frame_fault=wires if disturbed else faithful,
+        step_fault=FaultySteps(Random(f"{schedule.seed} steps"), schedule.step_failure_rate, struck),
         controller=ControllerConfig(
             local_prefill=schedule.local_prefill, policy=schedule.policy, max_waiting=schedule.max_waiting
         ),
+        check=check,
+        watch=lambda _now, who, event: struck.watch(world, who, event),
     )
+    world.struck = struck.counts
     world.runtime.controller._admission.expected_outputs = schedule.expected_outputs
     for ask in schedule.asks:
         request = world.ask(
@@ -270,8 +338,12 @@ def build(schedule: Schedule) -> World:
             min_tokens=ask.min_tokens,
         )
         if ask.cancel_after_seconds is not None:
-            world.runtime.cancel(ask.at_seconds + ask.cancel_after_seconds, request)
+            gone_at = ask.at_seconds + ask.cancel_after_seconds
+            world.runtime.call(gone_at, partial(struck.caller, world, request))
+            world.runtime.cancel(gone_at, request)
     for disturbance in schedule.disturbances:
+        worker = WorkerId(disturbance.worker)
+        world.runtime.call(disturbance.at_seconds, partial(struck.worker, world, disturbance.event, worker))
         _disturb(world, disturbance)
     return world
 
@@ -293,9 +365,9 @@ def _disturb(world: World, disturbance: Disturbance) -> None:
             runtime.shift_clock(at_seconds, worker, disturbance.seconds)
 
 
-def run(schedule: Schedule) -> World:
+def run(schedule: Schedule, check: Check = "changed") -> World:
     """Play a schedule to its end; the world asserts on the way."""
-    world = build(schedule)
+    world = build(schedule, check)
     world.run()
     return world
 

@@ -1,4 +1,4 @@
-"""Virtual time: its speed, how far it is from real runs, and fault schedules."""
+"""Virtual time: its speed, and how far it is from real runs."""
 
 from __future__ import annotations
 
@@ -95,14 +95,3 @@ def _off(figure: dict[str, Any]) -> str:
 
 def split_validation(result: dict[str, Any]) -> str:
     return validation(result, "Real against virtual: attention here, feed-forward there")
-
-
-def torture(result: dict[str, Any]) -> str:
-    rows: list[list[object]] = [[name, f"{value:,}"] for name, value in result["counts"].items()]
-    text = (
-        f"\n## Faults (simulated)\n\n`make torture`, seeds {result['seeds']}: {result['what']}. "
-        f"Failed: {result['failed']}. After every event: no block in two states or with two writers, no KV read that "
-        "is not the request's own, every request in one phase; at the end every request has ended once and nothing "
-        "is held.\n\n"
-    )
-    return text + table(["what", "count"], rows) + origin(result)

@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.schedules import judge, judge_calm, play, play_calm
+from tests.schedules import build, draw, judge, judge_calm, play, play_calm
+from tests.world import Check
 from transload.control.blocks import BlockPool
 from transload.control.engine import Engine
 from transload.control.exchange import Exchange
@@ -18,6 +19,7 @@ from transload.control.tracking import Tracked
 from transload.control.work import Work
 
 MOST_SCHEDULES = 250
+NUM_COMPARED = 25
 Break = Callable[[pytest.MonkeyPatch], None]
 MISTAKES: dict[str, Break] = {}
 
@@ -158,6 +160,17 @@ def tokens_of_an_earlier_attempt_count(patch: pytest.MonkeyPatch) -> None:
     wrap(patch, Tracked, "take_token", take_token)
 
 
+def found_at(seed: int, check: Check) -> tuple[str, int] | None:
+    """What kind of failure a schedule ends in, and after how many events."""
+    world = build(draw(seed), check)
+    try:
+        world.run()
+        judge(world)
+    except (AssertionError, LookupError) as error:
+        return type(error).__name__, len(world.events)
+    return None
+
+
 def is_found(seed: int) -> bool:
     try:
         judge(play(seed))
@@ -172,3 +185,12 @@ def is_found(seed: int) -> bool:
 def test_a_mistake_made_on_purpose_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     MISTAKES[name](monkeypatch)
     assert any(is_found(seed) for seed in range(MOST_SCHEDULES))
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_looking_at_what_has_changed_finds_a_mistake_at_the_event_at_which_looking_at_everything_does(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    MISTAKES[name](monkeypatch)
+    for seed in range(NUM_COMPARED):
+        assert found_at(seed, "changed") == found_at(seed, "everything")

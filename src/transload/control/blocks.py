@@ -179,4 +179,4 @@ class BlockPool:
         assert self._num_quarantined == len(quarantined)
         assert not any(map(self._keys.__getitem__, (*self._free, *quarantined)))
         assert len(self._by_key) == self.num_blocks - self._keys.count(None)
-        assert all(self._keys[block] == key for key, block in self._by_key.items())
+        assert list(map(self._keys.__getitem__, self._by_key.values())) == list(self._by_key)
