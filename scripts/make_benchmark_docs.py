@@ -36,6 +36,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "simulation.json": simulated.simulation,
     "torture.json": faults.torture,
     "torture_afd.json": faults.torture,
+    "real_faults.json": faults.real_faults,
 }
 
 

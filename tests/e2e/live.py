@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,8 +29,15 @@ DEADLINE_SECONDS = 60.0
 class LiveServer:
     """Use as a context manager. Leaving it checks that nothing was leaked."""
 
-    def __init__(self, *arguments: str, event_log: Path | None = None, wait: bool = True) -> None:
-        command = [sys.executable, "-m", "transload", "serve", "--port", "0", *arguments]
+    def __init__(
+        self,
+        *arguments: str,
+        event_log: Path | None = None,
+        wait: bool = True,
+        module: str = "transload",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        command = [sys.executable, "-m", module, "serve", "--port", "0", *arguments]
         if event_log is not None:
             command += ["--event-log", str(event_log)]
         folder = tempfile.mkdtemp(prefix="transload-test-")
@@ -38,7 +45,12 @@ class LiveServer:
         self._output = Path(folder) / "output.log"
         with self._output.open("w") as output:
             self.process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                env={**os.environ, **(environment or {})},
             )
         self.url = ""
         self._seen: dict[int, psutil.Process] = {}

@@ -104,6 +104,10 @@ def test_the_callers_messages_are_left_as_they_were() -> None:
     assert messages == [{"role": "user", "content": [{"type": "text", "text": "one"}]}]
 
 
+HELLO: list[dict[str, Any]] = [{"role": "user", "content": "x"}]
+LOOPS = "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in 'xyz' %}{% endfor %}{% endfor %}{% endfor %}"
+
+
 @pytest.mark.parametrize(
     ("template", "messages", "says"),
     [
@@ -119,6 +123,10 @@ def test_the_callers_messages_are_left_as_they_were() -> None:
         ("{{ ''.__class__.__mro__ }}", [{"role": "user", "content": "x"}], "unsafe"),
         ("{% set n = namespace(__class__=1) %}", [{"role": "user", "content": "x"}], "__class__"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", [{"role": "user", "content": "x"}], "too deeply"),
+        (LOOPS, HELLO, "steps"),
+        ("{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(40) }}", HELLO, "steps"),
+        ("{{ 'a' * 10 ** 10 }}", HELLO, "repeat"),
+        ("{{ 10 ** 10 ** 10 }}", HELLO, "numbers of that size"),
     ],
 )
 def test_what_a_template_does_not_accept_is_a_request_error(
@@ -142,6 +150,22 @@ def test_the_date_is_there_for_templates_that_show_it() -> None:
         str(datetime.now().year),
         str(datetime.now().year - 1),
     )
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ " + "[" * 9000 + "]" * 9000 + " }}", "{% if x %}" * 3000 + "{% endif %}" * 3000]
+)
+def test_a_template_nested_beyond_reason_is_refused(template: str) -> None:
+    with pytest.raises(CheckpointError, match="chat template"):
+        rendering(template)
+
+
+def test_a_loop_still_knows_its_place_and_length() -> None:
+    template = (
+        "{% for m in messages if m.role == 'user' %}{{ loop.index }}/{{ loop.length }}{{ loop.last }} {% endfor %}"
+    )
+    messages = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    assert rendering(template).render_chat(messages) == "1/2False 2/2True "
 
 
 def test_a_broken_template_is_refused_when_the_model_is_loaded() -> None:

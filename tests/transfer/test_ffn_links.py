@@ -317,7 +317,7 @@ def test_a_slot_is_not_used_twice_at_once(code: str) -> None:
 def test_a_stream_is_checked_before_anything_is_stored(worker: FfnWorker, prefix: tuple[int, int, int]) -> None:
     caller, _ = dial_ffn(attention(), worker.address, "tcp", opening())
     eventually(lambda: worker.ends)
-    os.write(caller.fileno(), struct.pack("<III", *prefix))
+    os.write(caller.fileno(), struct.pack("<IIIQ", *prefix, 0))
     with pytest.raises(HandoffError, match="the peer has sent slot"):
         calls(worker.ends[0])
     caller.close()

@@ -1,12 +1,13 @@
 """Renders a conversation with the chat template that a checkpoint brings, as `transformers` does.
 
-Templates are code by strangers: they run in jinja2's immutable sandbox and see plain values only.
+Templates are code by strangers: they run in jinja2's immutable sandbox, see plain values only, and have so many steps.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -17,6 +18,9 @@ from jinja2.utils import Namespace
 
 from transload.errors import CheckpointError, RequestError
 
+MOST_STEPS = 1_000_000
+"""Turns of loops and calls of one rendering, and the length of what a template may make by repeating."""
+_spent = threading.local()
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -32,7 +36,14 @@ class ChatTemplate:
         for name, source in sources.items():
             try:
                 self._compiled[name] = environment.from_string(source)
-            except jinja2.TemplateError as error:
+            except (
+                jinja2.TemplateError,
+                ArithmeticError,
+                MemoryError,
+                RecursionError,
+                SyntaxError,
+                ValueError,
+            ) as error:
                 raise CheckpointError(f"the model's chat template {name!r} is not valid jinja2: {error}") from error
 
     @property
@@ -70,6 +81,7 @@ class ChatTemplate:
             "documents": extra.get("documents"),
             "add_generation_prompt": add_generation_prompt,
         }
+        _spent.steps = 0
         try:
             return template.render(values)
         except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -120,12 +132,50 @@ def _with_arguments(call: Any) -> Any:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    """A sandbox that a template cannot stay in for ever, nor fill: its loops and calls are counted, its products
+    measured."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
+        tree = super()._parse(source, name, filename)
+        for loop in list(tree.find_all(jinja2.nodes.For)):
+            loop.iter = jinja2.nodes.Filter(loop.iter, "_counted", [], [], None, None, lineno=loop.lineno)
+        tree.set_environment(self)
+        return tree
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # named as jinja2 names them
+        _step()
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "*":
+            for many, times in ((left, right), (right, left)):
+                if isinstance(many, Sized) and isinstance(times, int) and len(many) * times > MOST_STEPS:
+                    raise jinja2.exceptions.SecurityError(f"a chat template may not repeat something {times} times")
+        elif isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > MOST_STEPS:
+            raise jinja2.exceptions.SecurityError("a chat template may not compute numbers of that size")
+        return super().call_binop(context, operator, left, right)
+
+
+def _counted(items: Iterable[Any]) -> Iterator[Any]:
+    for item in items:
+        _step()
+        yield item
+
+
+def _step() -> None:
+    _spent.steps += 1
+    if _spent.steps > MOST_STEPS:
+        raise jinja2.exceptions.SecurityError(f"a chat template may not take more than {MOST_STEPS} steps")
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     """What templates written for `transformers` expect to find (its utils/chat_template_utils.py)."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
     environment.filters["tojson"] = _tojson
+    environment.filters["_counted"] = _counted
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     environment.globals["namespace"] = _TemplateNamespace

@@ -45,6 +45,8 @@ class FfnSide:
         """Why a call cannot be computed as it came; `room_bytes` is what its answer may take."""
         request, num_rows = call.frame.request, call.frame.num_rows
         wanted = sum(rows for _, rows in request.pieces)
+        if num_rows < 1 or not request.pieces or any(rows < 1 for _, rows in request.pieces):
+            return "a request without rows"
         if any((request.key.layer, piece) not in self._functions for piece, _ in request.pieces):
             return f"a piece of layer {request.key.layer} that is not here"
         index_bytes = len(call.rows) - num_rows * self._row_bytes

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from transload.deploy.machine import read_machine
 from transload.deploy.placement import place
 from transload.deploy.plan import Placement
 from transload.deploy.spec import Deployment
+from transload.errors import MachineError
 from transload.model.source import ModelFiles, locate
 from transload.model.tokenizer import ModelTokenizer, load_tokenizer
 from transload.runtime.base import ServedModel
@@ -42,11 +44,25 @@ def serve(deployment: Deployment, *, ask: str | None = None, once: bool = False,
     """Serve until a signal comes. `ask` sends one chat request as soon as the server is ready; with `once` the server
     stops after it. Returns the exit code. Raises `TransloadError` if it cannot be started."""
     check_can_be_served(deployment)
+    _check_event_log(event_log)
     console = Console(stderr=True)
     with reserve_address(deployment.server) as listener:
         files, tokenizer = _find_model(deployment)
         serving = _Serving(deployment, files, tokenizer, console, ask, once=once, event_log=event_log)
         return asyncio.run(serving.run(listener))
+
+
+def _check_event_log(folder: Path | None) -> None:
+    """While it runs, a log that cannot be written is given up; one that never could be is refused."""
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+    except OSError as error:
+        raise MachineError(
+            f"--event-log {folder}: cannot be written ({error.strerror}); name a folder you may write"
+        ) from error
 
 
 def _find_model(deployment: Deployment) -> tuple[ModelFiles, ModelTokenizer]:

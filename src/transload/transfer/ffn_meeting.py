@@ -28,7 +28,7 @@ from transload.transfer.hello import Handshake, Hello
 from transload.transfer.listener import PeerAddress, family_of, host_id
 from transload.transfer.wire import PREFIX, check_header, pack, tune_tcp, unpack_prefix
 
-PROTOCOL = hashlib.sha256(b"transload-ffn-1").digest()[:16]
+PROTOCOL = hashlib.sha256(b"transload-ffn-2").digest()[:16]
 """Takes the place of the KV layout's digest: a KV link and a feed-forward link never meet."""
 HANDSHAKE_SECONDS = 10.0
 _MAX_WORD_BYTES = 64 << 10

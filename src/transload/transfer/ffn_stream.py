@@ -1,9 +1,10 @@
 """Feed-forward calls over a stream socket, for workers on two hosts.
 
-    header bytes u32 | row bytes u32 | slot u32 | header | rows
+    header bytes u32 | row bytes u32 | slot u32 | xxh3-64 of those twelve bytes, header and rows u64 | header | rows
 
-little-endian. Rows go straight from the sender's slot and straight into the receiver's. Nothing here blocks: what the
-socket does not take waits, and is sent when the end is used next or watched by a waiter.
+little-endian. Rows go straight from the sender's slot and straight into the receiver's; nothing is handed on before the
+checksum of the whole frame has been found right, or a bit changed on its way would be a wrong answer in the end.
+Nothing here blocks: what the socket does not take waits, and is sent when the end is used next or watched by a waiter.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import ctypes
 import socket
 import struct
 from collections import deque
+
+import xxhash
 
 from transload.control.ffn_messages import FfnAnswer, SessionId
 from transload.control.messages import WorkerId
@@ -27,7 +30,8 @@ from transload.transfer.ffn_link import (
     encode_header,
 )
 
-_PREFIX = struct.Struct("<III")
+_LENGTHS = struct.Struct("<III")
+_PREFIX = struct.Struct("<IIIQ")
 
 
 class _StreamEnd:
@@ -49,8 +53,10 @@ class _StreamEnd:
         self._target = self._prefix  # what is being read: prefix, then header, then rows
         self._filled = 0
         self._header: bytearray | None = None
+        self._rows: memoryview | None = None
         self._slot = 0
         self._num_bytes = 0
+        self._checksum = 0
         self._ready: list[tuple[int, bytes, int]] = []
         self._problem: str | None = None
 
@@ -74,7 +80,8 @@ class _StreamEnd:
         self._sock.close()
 
     def _send(self, slot: int, header: bytes, rows: memoryview) -> None:
-        self._out.append(memoryview(_PREFIX.pack(len(header), len(rows), slot) + header))
+        checksum = _checksum(len(header), len(rows), slot, header, rows)
+        self._out.append(memoryview(_PREFIX.pack(len(header), len(rows), slot, checksum) + header))
         if len(rows):
             self._out.append(rows)
         self._flush()
@@ -113,7 +120,7 @@ class _StreamEnd:
     def _part_complete(self) -> None:
         """Go on to what comes next: the header after the prefix, the rows after the header, the next frame."""
         if self._target is self._prefix:
-            header_bytes, self._num_bytes, self._slot = _PREFIX.unpack(self._prefix)
+            header_bytes, self._num_bytes, self._slot, self._checksum = _PREFIX.unpack(self._prefix)
             sizes = self.sizes
             limit = len(self._incoming[0])
             if self._slot >= sizes.num_slots or not 0 < header_bytes <= HEADER_BYTES or self._num_bytes > limit:
@@ -124,15 +131,17 @@ class _StreamEnd:
             self._header = bytearray(header_bytes)
             self._expect(memoryview(self._header))
             return
-        if self._header is not None:
-            self._ready.append((self._slot, bytes(self._header), self._num_bytes))
-            self._header = None
-            if self._num_bytes:
-                self._in_rows = self._ready.pop()
-                self._expect(self._incoming[self._slot][: self._num_bytes])
-                return
-        else:
-            self._ready.append(self._in_rows)
+        assert self._header is not None
+        rows = self._incoming[self._slot][: self._num_bytes]
+        if self._target is not self._rows and self._num_bytes:
+            self._rows = rows
+            self._expect(rows)
+            return
+        header = bytes(self._header)
+        arrived = _checksum(len(header), self._num_bytes, self._slot, header, rows)
+        if arrived != self._checksum:
+            raise HandoffError(f"a frame has checksum {arrived:#018x}, it was sent with {self._checksum:#018x}")
+        self._ready.append((self._slot, header, self._num_bytes))
         self._expect(self._prefix)
 
     def _expect(self, target: memoryview) -> None:
@@ -148,6 +157,12 @@ class _StreamEnd:
         if not ready and self._problem is not None:
             raise HandoffError(self._problem)
         return ready
+
+
+def _checksum(header_bytes: int, row_bytes: int, slot: int, header: bytes, rows: memoryview) -> int:
+    checksum = xxhash.xxh3_64(_LENGTHS.pack(header_bytes, row_bytes, slot) + header)
+    checksum.update(rows)
+    return checksum.intdigest()
 
 
 class StreamCaller(_StreamEnd):
