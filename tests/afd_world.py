@@ -584,7 +584,7 @@ class World:
 
     def _disturbance(self, what: str, whom: int) -> Callable[[], None]:
         worker = self.ffn[whom] if what.endswith("ffn") else self.attention[whom]
-        happens = {
+        happens: Callable[[], None] = {
             "kill-ffn": lambda: self._kill_ffn(self.ffn[whom]),
             "kill-attention": lambda: self._kill_attention(self.attention[whom]),
             "stall-attention": lambda: self._stall(self.attention[whom]),

@@ -79,11 +79,13 @@ class Struck:
 class FaultyWires:
     """Drops, repeats, delays (so reorders) and changes frames, each at its rate."""
 
-    def __init__(self, random: Random, rates: Mapping[str, float], struck: Struck, *, one_sided: bool) -> None:
+    def __init__(
+        self, random: Random, rates: Mapping[str, float], *, one_sided: bool, struck: Struck | None = None
+    ) -> None:
         self.random = random
         self.one_sided = one_sided
         self.rates = rates
-        self.counts = struck.counts
+        self.counts = (struck or Struck()).counts
 
     def happens(self, fault: str) -> bool:
         if self.random.random() >= self.rates[fault]:
@@ -307,7 +309,7 @@ def build(schedule: Schedule, check: Check = "changed") -> World:
     """The cluster of a schedule, its load and what will happen to it."""
     disturbed = any(schedule.frame_rates.values())
     random, struck = Random(f"{schedule.seed} frames"), Struck()
-    wires = FaultyWires(random, schedule.frame_rates, struck, one_sided=schedule.one_sided)
+    wires = FaultyWires(random, schedule.frame_rates, one_sided=schedule.one_sided, struck=struck)
     world = World(
         schedule.workers,
         num_blocks=schedule.num_blocks,

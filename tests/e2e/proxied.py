@@ -76,5 +76,5 @@ class ThroughProxies(RealRuntime):
 
 
 if __name__ == "__main__":
-    launch.RealRuntime = ThroughProxies  # type: ignore[misc]
+    vars(launch)["RealRuntime"] = ThroughProxies
     sys.exit(main(sys.argv[1:]))

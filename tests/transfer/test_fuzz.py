@@ -48,7 +48,10 @@ SESSION = SessionId(5)
 
 def some_frame(random: Random) -> Header:
     """Any frame of a link, with numbers that are right, nearly right, or extreme."""
-    number = lambda: random.choice((0, 1, 2, 5, 7, 8, *EXTREMES[-6:-3], -1))  # noqa: E731
+
+    def number() -> int:
+        return random.choice((0, 1, 2, 5, 7, 8, *EXTREMES[-6:-3], -1))
+
     transfer, epoch = TransferId(random.choice((1, 1, 1, 2))), random.choice((1, 1, 0, 2))
     match random.randrange(7):
         case 0:
