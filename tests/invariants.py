@@ -14,21 +14,29 @@ def check_ownership(runtime: VirtualRuntime, changed: WorkerId | None = None) ->
     """An attempt at a request is in one phase, cluster-wide: one worker decodes it or will, one prefills it for the
     other, and never do both compute. `changed`: the only machine whose insides may have changed since all of it held;
     then what does not hang on them is left out."""
-    if changed is None or changed == CONTROLLER:
-        for name, worker in runtime.workers.items():
+    for name, worker in runtime.workers.items():
+        if changed is None or changed in (CONTROLLER, name):
             for work in worker.engine._works.values():
-                _check_attempt(runtime, name, work)
-    elif (worker_changed := runtime.workers.get(changed)) is not None:
-        for work in worker_changed.engine._works.values():
-            _check_attempt(runtime, changed, work)
+                _check_known(runtime, name, work)
+                if changed != CONTROLLER:
+                    _check_alone(runtime, name, work)
 
 
-def _check_attempt(runtime: VirtualRuntime, holder: WorkerId, work: Work) -> None:
-    """Against everybody else who holds something of the same attempt, and against what the controller knows of it."""
-    request_id, epoch = work.request.id, work.epoch
+def _check_known(runtime: VirtualRuntime, holder: WorkerId, work: Work) -> None:
+    """The controller knows of it, unless it has given the attempt up."""
+    tracked = runtime.controller.requests.get(work.request.id)
+    if tracked is not None:
+        assert work.epoch <= tracked.epoch
+        if work.epoch == tracked.epoch:
+            assert holder in (tracked.decode, tracked.prefill), f"{holder}, not {list(tracked.workers())}"
+
+
+def _check_alone(runtime: VirtualRuntime, holder: WorkerId, work: Work) -> None:
+    """Nobody else holds of the same attempt what only one may hold."""
+    request_id = work.request.id
     for name, worker in runtime.workers.items():
         other = worker.engine._works.get(request_id)
-        if other is None or other is work or other.epoch != epoch:
+        if other is None or other is work or other.epoch != work.epoch:
             continue
         where = {holder: (work.kind, work.phase), name: (other.kind, other.phase)}
         assert "send" in (work.kind, other.kind), f"request {request_id} is at home twice: {where}"
@@ -36,11 +44,6 @@ def _check_attempt(runtime: VirtualRuntime, holder: WorkerId, work: Work) -> Non
         home, away = (other, work) if work.kind == "send" else (work, other)
         if home.kind == "run":
             assert away.phase == "sent", f"request {request_id} is computed twice: {where}"
-    tracked = runtime.controller.requests.get(request_id)
-    if tracked is not None:
-        assert epoch <= tracked.epoch
-        if epoch == tracked.epoch:
-            assert holder in (tracked.decode, tracked.prefill), f"{holder}, not {list(tracked.workers())}"
 
 
 def check_links(runtime: VirtualRuntime, changed: WorkerId | None = None) -> None:

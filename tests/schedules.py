@@ -33,6 +33,8 @@ from transload.runtime.flows import Port, Wire
 HOUR = 3600.0
 PATIENCE = 600.0
 """Deadline of a request that nobody is in a hurry for: reaching it means that something has hung."""
+SMALL_SHARE = 0.75
+"""Of the schedules: few requests, short ones, in little memory. Most mistakes show there, at a quarter of the price."""
 FAULTS = ("drop", "repeat", "delay", "change")
 
 
@@ -210,10 +212,13 @@ def draw_rates(random: Random) -> dict[str, float]:
 def draw(seed: int) -> Schedule:
     """The schedule of this seed."""
     random = Random(seed)
+    is_small = random.random() < SMALL_SHARE
     cluster = _draw_cluster(random)
+    if is_small:
+        cluster["num_blocks"] = random.choice((7, 12, 40))
     rates = draw_rates(random)
     step_failure_rate = random.choice((0.0, 0.0, 0.0, 0.01, 0.05))
-    asks = _draw_asks(random)
+    asks = _draw_asks(random, is_small=is_small)
     disturbances = tuple(_draw_disturbance(random, cluster["workers"]) for _ in range(random.choice((0, 1, 1, 3))))
     return Schedule(
         seed=seed,
@@ -265,12 +270,15 @@ def _draw_cluster(random: Random) -> dict[str, Any]:
     return cluster
 
 
-def _draw_asks(random: Random) -> tuple[Ask, ...]:
+def _draw_asks(random: Random, *, is_small: bool) -> tuple[Ask, ...]:
     """Requests that share prefixes, alone or in a burst; some stop early, are in a hurry, or go away."""
     window = random.choice((0.0, 0.2, 2.0))
     longest_prompt, longest_text = random.choice(((40, 20), (40, 20), (10, 30)))
+    most = 14
+    if is_small:
+        longest_prompt, longest_text, most = 14, random.choice((3, 9)), 3
     asks = []
-    for _ in range(random.randint(1, random.choice((3, 6, 14)))):
+    for _ in range(random.randint(1, most)):
         max_tokens = random.randint(1, longest_text)
         asks.append(
             Ask(

@@ -126,7 +126,7 @@ LOOPS = "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in 'xyz' %
         (LOOPS, HELLO, "steps"),
         ("{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(40) }}", HELLO, "steps"),
         ("{{ 'a' * 10 ** 10 }}", HELLO, "repeat"),
-        ("{{ 10 ** 10 ** 10 }}", HELLO, "numbers of that size"),
+        ("{{ 10 ** (10 ** 10) }}", HELLO, "numbers of that size"),
     ],
 )
 def test_what_a_template_does_not_accept_is_a_request_error(

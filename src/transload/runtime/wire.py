@@ -216,7 +216,7 @@ class Wire(asyncio.Protocol, Generic[T]):
             position = start + length
             try:
                 message = self._decoder.decode(self._buffer[start:position])
-            except msgspec.MsgspecError as error:
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
                 self.close(f"a frame that is not understood: {error}")
                 return
             self.on_message(message)
