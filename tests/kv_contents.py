@@ -255,15 +255,17 @@ class Contents:
         far as it hangs on one worker: only what that does takes blocks, steps, permissions or frames on. On it hang its
         own steps, and those of others in its blocks."""
         for name, worker in workers.items():
-            if changed is None or name == changed:
-                self._check_writers(workers, name, worker)
-            elif name in self._steps and any(window.peer == changed for window in self._windows.get(name, ())):
+            if changed is None or name == changed or self._works_there(name, changed):
                 self._check_writers(workers, name, worker)
         for pair, link in links.items():
             if (changed is None or changed in pair) and (link.queue or link.current is not None):
                 source, target = workers[pair[0]], workers[pair[1]]
                 for send in (*link.queue, *([link.current] if link.current is not None else ())):
                     self._check_send(source, target, send)
+
+    def _works_there(self, worker: WorkerId, peer: WorkerId) -> bool:
+        """Whether a step of the worker may be in the peer's blocks."""
+        return worker in self._steps and any(window.peer == peer for window in self._windows.get(worker, ()))
 
     def _check_writers(self, workers: Mapping[WorkerId, LiveWorker], name: WorkerId, worker: LiveWorker) -> None:
         pool, writers = worker.engine.pool, list[int]()

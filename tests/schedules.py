@@ -154,7 +154,7 @@ class FaultySteps:
         return "out of memory"
 
 
-Event = Literal["kill", "pause", "hang", "lose", "clock"]
+Event = Literal["kill", "pause", "hang", "lose", "clock", "cut"]
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):
@@ -170,12 +170,14 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Disturbance(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that happens to a worker. `seconds`: how long it lasts, or how far its clock jumps."""
+    """Something that happens to a worker. `seconds`: how long it lasts, or how far its clock jumps. `other`: from whom
+    it is cut."""
 
     event: Event
     at_seconds: float
     worker: str
     seconds: float = 0.0
+    other: str = ""
 
 
 class Schedule(msgspec.Struct, frozen=True, kw_only=True):
@@ -297,19 +299,21 @@ def _draw_asks(random: Random, *, is_small: bool) -> tuple[Ask, ...]:
 
 
 def _draw_disturbance(random: Random, workers: str) -> Disturbance:
-    event: Event = random.choice(("kill", "kill", "pause", "hang", "lose", "clock"))
+    event: Event = random.choice(("kill", "kill", "pause", "hang", "lose", "clock", "cut"))
     seconds = {
         "kill": (0.0,),
         "pause": (0.05, 0.5, 2.0),
         "hang": (HOUR,),
         "lose": (0.0, 0.01, 0.3, 1.0),
         "clock": (-HOUR, HOUR),
+        "cut": (0.0, 0.02, 0.5, 3.0),
     }[event]
     return Disturbance(
         event=event,
         at_seconds=1 + random.random() * random.choice((0.1, 0.5, 2.0)),
         worker=random.choice(workers.split()),
         seconds=random.choice(seconds),
+        other=random.choice(workers.split()) if event == "cut" else "",
     )
 
 
@@ -373,6 +377,8 @@ def _disturb(world: World, disturbance: Disturbance) -> None:
             runtime.lose(at_seconds, worker, disturbance.seconds)
         case "clock":
             runtime.shift_clock(at_seconds, worker, disturbance.seconds)
+        case "cut":
+            runtime.cut(at_seconds, worker, WorkerId(disturbance.other), disturbance.seconds)
 
 
 def run(schedule: Schedule, check: Check = "changed") -> World:

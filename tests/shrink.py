@@ -99,9 +99,8 @@ def story(schedule: Schedule) -> str:
         )
         for number, ask in enumerate(schedule.asks, 1)
     ]
-    happenings += [
-        (d.at_seconds, f"{d.event} {d.worker}{f' for {d.seconds:g} s' if d.seconds else ''}")
-        for d in schedule.disturbances
-    ]
+    for d in schedule.disturbances:
+        whom = f"{d.worker} from {d.other}" if d.other else d.worker
+        happenings.append((d.at_seconds, f"{d.event} {whom}{f' for {d.seconds:g} s' if d.seconds else ''}"))
     lines += [f"  {at_seconds:.3f} s  {what}" for at_seconds, what in sorted(happenings)]
     return "\n".join(lines)
