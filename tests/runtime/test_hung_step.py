@@ -74,9 +74,7 @@ async def play(monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[int], Finishe
     )
     monkeypatch.setenv(JOIN_TOKEN, TOKEN)
     monkeypatch.setattr(worker_module, "ALIVE_SECONDS", 0.05)
-    monkeypatch.setattr(
-        worker_module, "StepWatch", lambda: StepWatch(least_limit_seconds=0.5, first_limit_seconds=0.5)
-    )
+    monkeypatch.setattr(worker_module, "StepWatch", lambda: StepWatch(least_limit_seconds=0.5, first_limit_seconds=0.5))
     config = ControllerConfig(first_restart_seconds=0.01)
     runtime = RealRuntime(model, msgspec.structs.replace(placement, workers=plans), config)
 
@@ -95,7 +93,7 @@ async def play(monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[int], Finishe
             Request(RequestId(1), 3, 10, Sampling(temperature=0.0, ignore_eos=True), (1, 2, 3))
         )
         reason = await workers[0]
-        while runtime.num_restarts == 0:
+        while runtime.num_restarts == 0:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
         workers.append(worker(hangs_at=None))
         tokens: list[int] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter, defaultdict
 
 import pytest
@@ -232,3 +233,60 @@ def test_whatever_happens_each_transfer_keeps_its_order_and_its_window(steps: li
             outbox.credit(credit(transfer, sent[transfer]))
     assert got == {transfer: all_put for transfer, all_put in put.items() if all_put} or dict(got) == dict(put)
     assert len(outbox) == 0
+
+
+class Parked:
+    """An outbox whose sender waits, in a thread; what it takes after that is in `taken`."""
+
+    def __init__(self) -> None:
+        self.outbox = Outbox(PEER, window_frames=4, max_frames=100)
+        self.taken: list[object] = []
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        while not self.outbox._is_parked:
+            time.sleep(0.001)
+
+    def _run(self) -> None:
+        while (item := self.outbox.take()) is not None:
+            self.taken.append(item)
+
+    def end(self) -> list[object]:
+        """Everything that the sender has taken."""
+        while not (self.outbox._is_parked and not len(self.outbox)):
+            time.sleep(0.001)
+        self.outbox.close()
+        self._thread.join()
+        return self.taken
+
+
+def test_a_message_is_written_at_once_where_the_sender_waits_and_nothing_else() -> None:
+    parked = Parked()
+    written = bytearray()
+
+    def write(message: bytes) -> int:
+        written.extend(message)
+        return len(message)
+
+    assert parked.outbox.send_now(b"message", write)
+    assert written == b"message"
+    assert parked.end() == []
+
+
+def test_what_the_socket_did_not_take_at_once_is_written_by_the_sender_before_anything_else() -> None:
+    parked = Parked()
+    assert parked.outbox.send_now(b"message", lambda _: 3)
+    parked.outbox.put(done(1))
+    assert parked.end() == [b"sage", done(1)]
+
+
+def test_nothing_is_written_at_once_where_the_socket_is_full() -> None:
+    parked = Parked()
+    assert not parked.outbox.send_now(b"message", lambda _: 0)
+    assert parked.end() == []
+
+
+def test_nothing_overtakes_what_waits_or_is_being_sent() -> None:
+    outbox = Outbox(PEER, window_frames=4, max_frames=100)
+    assert not outbox.send_now(b"message", len), "the sender is at work"
+    outbox.put(done(1))
+    assert not outbox.send_now(b"message", len)

@@ -23,6 +23,7 @@ import msgspec
 from transload.control.messages import (
     CancelSends,
     EngineEvent,
+    Frame,
     KvAbort,
     KvAbortAck,
     KvCredit,
@@ -159,10 +160,28 @@ class Link:
             if not command.frame.in_place:
                 self._check_sources(command, command.frame)
             self._carrier.check(command, command.frame)
+        if not (isinstance(command.frame, KvData) and not command.frame.in_place) and self._send_now(command.frame):
+            return
         try:
             self._outbox.put(command)
         except HandoffError as error:
             self.fail(str(error))
+
+    def _send_now(self, frame: Frame) -> bool:
+        """A frame without cells, if nobody is ahead of it."""
+
+        def write(message: bytes) -> int:
+            try:
+                return self._sock.send(message, socket.MSG_DONTWAIT)
+            except OSError:
+                return 0  # full, or broken: the sender waits, or finds out
+
+        if not self._outbox.send_now(encode(frame), write):
+            return False
+        self._sent.count_frame()
+        if isinstance(frame, KvData):
+            self._sent.count_cells(frame.num_bytes, 1e-6)
+        return True
 
     def cancel(self, command: CancelSends) -> None:
         """`SendsDrained` follows: from the sender thread or, if that has ended, from here."""
@@ -254,6 +273,8 @@ class Link:
                         self._deliver(SendsDrained(item.transfer, item.epoch))
                     case SendFrame():
                         self._send(item)
+                    case bytes():
+                        self._writer.write([item])
                     case _:
                         self._writer.write([encode(item)])
         except (Stopped, BrokenPipeError, ConnectionResetError):

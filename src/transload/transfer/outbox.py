@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 
 from transload.control.messages import CancelSends, Frame, KvCredit, KvData, KvDone, SendFrame, TransferId, WorkerId
 from transload.errors import HandoffError
@@ -32,6 +33,8 @@ class Outbox:
         self._changed = threading.Condition()
         self._closed = False
         self._stopped = False
+        self._is_parked = False  # the sender waits, and has written everything it took
+        self._rest: bytes | None = None
         self._drains: deque[CancelSends] = deque()
         self._probes: deque[Ping | Pong] = deque(maxlen=16)
         self._credits: dict[Key, int] = {}
@@ -55,6 +58,19 @@ class Outbox:
             self._num_frames += 1
             self._ready.append(command)
             self._changed.notify()
+
+    def send_now(self, message: bytes, write: Callable[[bytes], int]) -> bool:
+        """Write a message on the caller's thread, if the sender waits and nothing else does: waking the sender takes
+        longer than writing. `write` returns how much was taken, at once; the sender writes the rest first of all.
+        False: nothing was written."""
+        with self._changed:
+            if not self._is_parked or self._closed or len(self) or self._drains or self._probes or self._rest:
+                return False
+            written = write(message)
+            if 0 < written < len(message):
+                self._rest = message[written:]
+                self._changed.notify()
+            return written > 0
 
     def put_credit(self, key: Key, num_frames: int) -> None:
         """Tell the sender how far we are. A later credit of a transfer takes the place of one that still waits."""
@@ -112,11 +128,15 @@ class Outbox:
             self._changed.notify()
             return True
 
-    def take(self, *, wait: bool = True) -> SendFrame | CancelSends | Ping | Pong | None:
+    def take(self, *, wait: bool = True) -> SendFrame | CancelSends | Ping | Pong | bytes | None:
         """The next thing to do, if need be waiting for it; None once closed, or if there is nothing and `wait` is
         False. A cancel comes first: nothing is under way now."""
         with self._changed:
+            self._is_parked = False
             while True:
+                if self._rest is not None and not self._closed:
+                    rest, self._rest = self._rest, None
+                    return rest
                 if self._drains:
                     return self._drains.popleft()
                 if self._closed:
@@ -132,7 +152,9 @@ class Outbox:
                     return item
                 if not wait:
                     return None
+                self._is_parked = True
                 self._changed.wait()
+                self._is_parked = False
 
     def close(self) -> None:
         """Wake the sender; everything that waits is dropped but cancels, which must be answered."""
