@@ -31,6 +31,11 @@ class BlockPool:
         self._evicted: dict[bytes, None] = {}
 
     @property
+    def num_tokens(self) -> int:
+        """How many all blocks hold."""
+        return self.num_blocks * self.block_size
+
+    @property
     def num_free(self) -> int:
         return len(self._free)
 

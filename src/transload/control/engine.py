@@ -139,8 +139,7 @@ class Engine:
         self._works[work.request.id] = work
         most_tokens = work.num_known + (0 if work.kind == "send" else work.request.max_tokens - work.num_outputs - 1)
         if work.window_blocks is None and self.pool.blocks_for(most_tokens) > self.pool.num_blocks:
-            capacity_tokens = self.pool.num_blocks * self.pool.block_size
-            problem = f"needs {most_tokens} tokens of KV cache, {self.config.worker} holds {capacity_tokens}"
+            problem = f"needs {most_tokens} tokens of KV cache, {self.config.worker} holds {self.pool.num_tokens}"
         if problem is not None:
             self._fail(work, problem)
         else:
@@ -470,15 +469,12 @@ class Engine:
 
     def check(self) -> None:
         """Assert every invariant of the worker. For tests, after any event."""
-        held = [work.blocks for work in self._held_works() if work.window_blocks is None]
+        works = [*self._works.values(), *(work for work, _ in self._chunks if work.failed)]
+        held = [work.blocks for work in works if work.window_blocks is None]
         self.pool.check([*held, *self.exchange.tables()])
         for work in self._works.values():
             assert work.num_computed <= work.num_known <= work.request.num_prompt_tokens + work.request.max_tokens
             assert (work.phase == "waiting") == (work in self._waiting), "a request waits, or it does not"
-
-    def _held_works(self) -> list[Work]:
-        held = list(self._works.values())
-        return held + [work for work, _ in self._chunks if work.failed]
 
     def depends_on_run(self, event: EngineEvent) -> bool:
         """Whether it makes a difference to this event how far the run of steps under way has got: then `StepDone`
