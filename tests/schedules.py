@@ -55,9 +55,7 @@ class Struck:
         elif type(event) is Preempted:
             self.counts["out of blocks: a request gave way"] += 1
         elif (worker := world.runtime.workers.get(who)) is not None and worker.engine._waiting:
-            engine = worker.engine
-            if engine._num_resident < engine.config.max_batch:
-                self.counts["out of blocks: events while a request waited for some"] += 1
+            self.counts["out of blocks: events while a request waited for some"] += not worker.engine._is_full
 
     def worker(self, world: World, event: str, name: WorkerId) -> None:
         """Just before something happens to a worker: what it is at."""
