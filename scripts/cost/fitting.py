@@ -68,6 +68,8 @@ def touches(name: str, point: Point) -> bool:
             return wanted in stored
         case "grouped":
             wanted = {"bf16": "bfloat16", "fp8": "fp8", "fp4": "nvfp4"}.get(detail.partition(".")[0], "mxfp4")
+            if detail.startswith("fp8_dealt"):
+                return precision.experts == "fp8" and any(split.data_attention > 8 for split in splits)
             wide = point.chip in ("h100_sxm", "h200_sxm")
             if detail.startswith("mxfp4") and detail.startswith("mxfp4_wide") is not wide:
                 return False

@@ -12,7 +12,7 @@ from least_squares import Parameter, Vector, fit
 
 from transload.hardware.catalog import load_chip
 from transload.hardware.cost.known import number, peak
-from transload.hardware.cost.plan import SHUFFLES
+from transload.hardware.cost.plan import ENTERED, SHUFFLES
 
 TABLES = Path(__file__).parents[2] / "silicon"
 CHIPS = ("h100_sxm", "h200_sxm", "b200_sxm", "gb200", "b300_sxm", "gb300")
@@ -115,7 +115,7 @@ def gemm(number_format: str, chips: tuple[str, ...] = CHIPS):  # type: ignore[no
 
 
 def moe(number_format: str, chips: tuple[str, ...] = CHIPS, distribution: str = "balanced"):  # type: ignore[no-untyped-def]
-    """Latency of the busiest rank of a group of experts (AIC's tables give one rank's)."""
+    """Latency of the first rank of a group of experts, whose share of the rows is exact: they are dealt out evenly."""
     table = Table(
         "moe",
         lambda row: (
@@ -126,14 +126,12 @@ def moe(number_format: str, chips: tuple[str, ...] = CHIPS, distribution: str = 
     )
     tokens, hidden, experts, per_token = (table[c] for c in ("num_tokens", "hidden_size", "num_experts", "topk"))
     inner, ranks = table["inter_size"] / table["moe_tp_size"], table["moe_ep_size"]
-    touched = experts * (1 - (1 - per_token / experts) ** tokens) / ranks
-    mean = tokens * per_token / ranks
-    assigned = np.where(ranks > 1, np.minimum(mean + np.sqrt(2 * mean * np.log(ranks)), tokens * per_token), mean)
+    assigned, touched = evenly_dealt(tokens, experts, per_token, experts / ranks)
     width = np.array([WIDTH[name] for name in table.text("moe_dtype")])
     weights = 3 * hidden * inner
     moved = touched * weights * width + assigned * 2 * (2 * hidden + 3 * inner)
     bandwidth = table.of_chip("memory.hbm.bandwidth")
-    shuffle = SHUFFLES * 2 * hidden * assigned / (bandwidth * SHUFFLE_SHARE)
+    shuffle = 2 * hidden * (SHUFFLES * assigned + ENTERED * tokens) / (bandwidth * SHUFFLE_SHARE)
     multiplied = {"mxfp4": "fp8", "mxfp4_wide": "bf16"}.get(number_format, number_format)
     counting = 2 * weights * assigned / table.peaks([multiplied] * len(tokens))
 
@@ -143,6 +141,30 @@ def moe(number_format: str, chips: tuple[str, ...] = CHIPS, distribution: str = 
         return result + values["floor"] + shuffle
 
     return table, seconds
+
+
+def evenly_dealt(tokens: Vector, experts: Vector, per_token: Vector, local: Vector) -> tuple[Vector, Vector]:
+    """(rows, experts with rows) of the first `local` experts, where token i goes to the experts i + j * stride, modulo
+    their number, for each j below `per_token`: how the measured rows were dealt out."""
+    stride = np.ceil(experts / per_token)
+    whole, rest = np.divmod(tokens, experts)
+    rows = whole * per_token * local
+    for j in range(int(per_token.max())):
+        # tokens i below `rest` with (i + start) mod experts below `local`
+        start = (j * stride) % experts
+        here = np.clip(np.minimum(local, start + rest) - start, 0, None)
+        here += np.clip(np.minimum(start + rest - experts, local), 0, None)
+        rows += np.where(j < per_token, here, 0)
+    return np.maximum(rows, 1e-9), np.minimum(local, np.maximum(rows, 1e-9))
+
+
+def dealt() -> tuple[Table, Callable[[dict[str, float]], Vector]]:
+    """DeepGEMM's published rates of fp8 products with block scales in the shapes of DeepSeek-V3's experts."""
+    table = Table("deepgemm", lambda row: (row["n"], row["k"]) in (("4096", "7168"), ("7168", "2048")))
+    groups, m, n, k = (table[column] for column in ("groups", "m", "n", "k"))
+    moved = groups * (m * k + n * k + 2 * m * n)
+    flops = 2 * groups * m * n * k
+    return table, roofline(flops, m, table.peaks(["fp8"] * len(m)), moved, table.of_chip("memory.hbm.bandwidth"))
 
 
 def attention_prefill(chips: tuple[str, ...] = CHIPS):  # type: ignore[no-untyped-def]
@@ -231,6 +253,7 @@ def kernel_curves(chips: tuple[str, ...] = CHIPS) -> tuple[dict[str, dict[str, f
             f"grouped.{name}": (moe(name, chips), [*start(0.4, 32, 0.6, 1e-5), Parameter("width", 300, 1.5)])
             for name in ("bf16", "fp8", "fp4", "mxfp4", "mxfp4_wide")
         },
+        "grouped.fp8_dealt": (dealt(), start(0.6, 64, 0.7, 1e-6)),
         "attention_prefill": (attention_prefill(chips), start(0.6, 1300, 0.6, 5e-6)),
         "attention_decode": (attention_decode(chips), start(0.6, 1, 0.6, 5e-6)),
         "all_reduce": (

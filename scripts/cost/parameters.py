@@ -35,11 +35,13 @@ def parameters(kernels: dict[str, dict[str, float]]) -> list[Parameter]:
     for number_format in GROUPED:
         curve = kernels[f"grouped.{number_format}"]
         found += [
-            Parameter(f"grouped.{number_format}.compute", curve["compute"], 0.5),
-            Parameter(f"grouped.{number_format}.half", curve["half"], 0.7),
-            Parameter(f"grouped.{number_format}.memory", curve["memory"], 0.25),
-            Parameter(f"grouped.{number_format}.width", curve["width"], 0.7),
+            Parameter(f"grouped.{number_format}.compute", curve["compute"], 0.2),
+            Parameter(f"grouped.{number_format}.half", curve["half"], 0.5),
+            Parameter(f"grouped.{number_format}.memory", curve["memory"], 0.2),
+            Parameter(f"grouped.{number_format}.width", curve["width"], 0.4),
         ]
+    curve = kernels["grouped.fp8_dealt"]
+    found += [Parameter(f"grouped.fp8_dealt.{name}", curve[name], 0.05) for name in ("compute", "half", "memory")]
     found += [
         Parameter("grouped.floor", 1e-5, 1.0),
         Parameter("attention_prefill.compute", kernels["attention_prefill"]["compute"], 0.25),
@@ -47,8 +49,8 @@ def parameters(kernels: dict[str, dict[str, float]]) -> list[Parameter]:
         Parameter("attention_decode.memory", kernels["attention_decode"]["memory"], 0.25),
         Parameter("mla_decode.memory", kernels["mla_decode"]["memory"], 0.3),
         Parameter("mla_decode.compute", min(0.8, kernels["mla_decode"]["compute"]), 0.3),
-        Parameter("mla_prefill.compute", kernels["mla_prefill"]["compute"], 0.25),
-        Parameter("mla_prefill.half", kernels["mla_prefill"]["half"], 0.3),
+        Parameter("mla_prefill.compute", kernels["mla_prefill"]["compute"], 0.12),
+        Parameter("mla_prefill.half", kernels["mla_prefill"]["half"], 0.15),
         Parameter("mla.floor", 1e-5, 1.0),
         Parameter("elementwise.memory", 0.6, 0.5),
         Parameter("all_reduce.base", kernels["all_reduce"]["base"], 0.7),
@@ -103,7 +105,7 @@ def efficiency(values: dict[str, float], basis: str = "fit") -> Efficiency:
     return Efficiency(
         name="gpu", basis=basis, measured=True, chips=FITTED_CHIPS,
         gemm=matrices("gemm", FORMATS, 0.0),  # type: ignore[arg-type]
-        grouped_gemm=matrices("grouped", GROUPED, values["grouped.floor"]),  # type: ignore[arg-type]
+        grouped_gemm=matrices("grouped", (*GROUPED, "fp8_dealt"), values["grouped.floor"]),  # type: ignore[arg-type]
         attention_prefill=curve("attention_prefill.compute", "attention_decode.memory", "attention_prefill.half"),
         attention_decode=Curve(compute=0.6, memory=min(values["attention_decode.memory"], LIGHT)),
         mla_prefill=curve("mla_prefill.compute", "mla_decode.memory", "mla_prefill.half", values["mla.floor"]),

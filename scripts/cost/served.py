@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from points import WAVES, Point, chip_of
@@ -20,6 +21,7 @@ POLICIES = {
 }
 """vLLM and TensorRT-LLM put prefill chunks and decoding requests into one step of 8,192 tokens by default; SGLang runs
 prefills of up to 16,384 tokens between decode steps."""
+BISECTIONS = 40
 SPREAD = 1 / 9
 """Lengths between 80 % and 100 % of the nominal ones are 90 % of them, give or take a ninth."""
 
@@ -88,8 +90,9 @@ def serve(point: Point, efficiency: Efficiency | None = None) -> Served:
 def _disaggregated(point: Point, decode: WorkerCost, efficiency: Efficiency | None) -> Served:
     """The first of ten waves comes at once and drains in turn; the rest come one by one as requests end.
 
-    Prefill workers are servers of deterministic service: the wait is share * service / (2 (1 - share)) / servers, and
-    no more than a queue of everyone in flight.
+    Prefill workers are servers of deterministic service: the wait is share * service / (2 (1 - share)) / servers. As
+    many requests are in flight as the client keeps: those that decode, and those that are prefilled or wait for it.
+    How many decode is found by bisection; where the prefill pool is full, all others wait for it.
     """
     assert point.prefill_parallel is not None
     prefill = worker_of(point, efficiency, prefill=True)
@@ -99,16 +102,17 @@ def _disaggregated(point: Point, decode: WorkerCost, efficiency: Efficiency | No
     service = batch / together
     alone = prefill.step_seconds(StepShape(prompts[:1]))
     servers = point.prefill_workers
-    decoding = max(1.0, point.concurrency / point.decode_workers)
-    ttft = alone
-    for _ in range(20):
-        tpot = decode_seconds(decode, load_of(point), decoding)
-        life = ttft + point.output_tokens * tpot
-        share = min(0.99, point.concurrency / life * service / servers)
-        steady = alone + min(share * service / (2 * (1 - share)), point.concurrency * service) / servers
-        burst = alone + (point.concurrency - 1) * service / servers / 2
-        ttft = burst / WAVES + steady * (1 - 1 / WAVES)
-        decoding = max(1.0, point.concurrency / point.decode_workers * (1 - ttft / life))
+    low, high = 0.0, float(point.concurrency)
+    for _ in range(BISECTIONS):
+        decoding = (low + high) / 2
+        tpot = decode_seconds(decode, load_of(point), max(1.0, decoding / point.decode_workers))
+        rate = decoding / (point.output_tokens * tpot)
+        share = rate * service / servers
+        queued = math.inf if share >= 1 else rate * (alone + share * service / (2 * (1 - share)) / servers)
+        low, high = (decoding, high) if decoding + queued <= point.concurrency else (low, decoding)
+    steady = max(alone, point.concurrency / rate - point.output_tokens * tpot)
+    burst = alone + (point.concurrency - 1) * service / servers / 2
+    ttft = burst / WAVES + steady * (1 - 1 / WAVES)
     return Served(ttft + tpot + prefill.request_seconds(point.prompt_tokens, in_flight_of(point)), tpot)
 
 

@@ -99,8 +99,9 @@ class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     chips: tuple[str, ...] = ()
     """Ids of the chips that the fit has seen."""
     gemm: dict[Format, Curve]
-    grouped_gemm: dict[Format | Literal["mxfp4", "mxfp4_wide"], Curve]
-    """By the format multiplied in; mxfp4 weights have kernels of their own, and others (wide) where they expand."""
+    grouped_gemm: dict[Format | Literal["fp8_dealt", "mxfp4", "mxfp4_wide"], Curve]
+    """By the format multiplied in; mxfp4 weights have kernels of their own, and others (wide) where they expand. dealt:
+    of libraries for experts that are dealt out beyond one scale-up domain."""
     attention_prefill: Curve
     attention_decode: Curve
     mla_prefill: Curve
@@ -168,8 +169,11 @@ def compute_format(chip: Chip, dtype: DType) -> Format:
     raise AssertionError(f"{chip.id} has no {wanted[0]} and does not say so")
 
 
-def grouped_curve(efficiency: Efficiency, dtype: DType, number_format: Format) -> Curve:
-    """The curve of routed experts stored in `dtype` and multiplied in `number_format`."""
+def grouped_curve(efficiency: Efficiency, dtype: DType, number_format: Format, *, wide: bool = False) -> Curve:
+    """The curve of routed experts stored in `dtype` and multiplied in `number_format`; `wide`: dealt out beyond one
+    scale-up domain."""
+    if wide and number_format == "fp8" and "fp8_dealt" in efficiency.grouped_gemm:
+        return efficiency.grouped_gemm["fp8_dealt"]
     expanded: Literal["mxfp4", "mxfp4_wide"] = "mxfp4" if number_format in ("fp8", "fp4") else "mxfp4_wide"
     own = efficiency.grouped_gemm.get(expanded) if dtype == "mxfp4" else None
     return own if own is not None else curve_for(efficiency.grouped_gemm, number_format)

@@ -41,6 +41,9 @@ longer one is charged as if there were none. Either way a decode step stays a st
 
 SHUFFLES = 4
 """Times that a row passes memory between the residual stream and an expert: read and written before, and after."""
+ENTERED = 3
+"""Times that a row passes the memory of a chip whose experts it may go to, whether any of them gets it or not: read to
+be stored in their format, and its result written and read again."""
 
 
 class Line(NamedTuple):
@@ -115,6 +118,9 @@ class _Compiler:
         self.precision, self.efficiency = precision, efficiency
         self.bandwidth = number(chip, f"memory.{chip.tier_for('weights').key}.bandwidth")
         self.kv_bandwidth = number(chip, f"memory.{chip.tier_for('kv').key}.bandwidth")
+        # experts dealt out beyond one scale-up domain are served by libraries made for that
+        beyond = links.reach_of(chip, parallel.chips_per_stage).domains > 1
+        self.wide = beyond and parallel.data_attention > 1 and parallel.expert > 1
 
     def matrix(self, matrix: Matrix) -> Line:
         number_format = compute_format(self.chip, matrix.dtype)
@@ -182,16 +188,31 @@ class _Compiler:
             lines.append(self.message("p2p", "rank", parallel.pipeline - 1, hop, row / parallel.tensor))
         return lines
 
+    def visited(self) -> float:
+        """Share of the ranks of experts that a row goes to. Without expert parallelism each chip has a piece of every
+        expert, and where attention is not by data every chip has all rows anyway."""
+        experts, ranks = self.card.experts, self.parallel.expert
+        if experts is None or ranks == 1 or self.parallel.data_attention == 1:
+            return 1.0
+        return float(1 - (1 - 1 / ranks) ** experts.per_token)
+
+    def entering(self) -> Line:
+        """Rows on their way into the routed experts of a chip and out of them, whichever experts they go to."""
+        passed = self.card.num_expert_layers * ENTERED * 2 * self.card.hidden_size * self.visited()
+        return Line(
+            kind="elementwise", rows="stage", compute=0.0, compute_each=0.0, memory=0.0,
+            memory_each=passed / (self.bandwidth * self.efficiency.elementwise.memory), floor=0.0, flops_each=0.0,
+            bytes_fixed=0.0, bytes_each=passed,
+        )  # fmt: skip
+
     def exchange(self, layers: int) -> Line:
         """Dispatch and combine: a token goes to each rank once that has one of its experts (fp8), and comes back from
         there (16 bits). The chips of one attention rank send a part of its tokens each."""
         experts = self.card.experts
         assert experts is not None
-        chips = self.parallel.chips_per_stage
-        ranks = self.parallel.expert
+        chips, ranks = self.parallel.chips_per_stage, self.parallel.expert
         domains = links.reach_of(self.chip, chips).domains
-        # without expert parallelism each chip has a piece of every expert, so all are visited
-        visited = ranks * (1 - (1 - 1 / ranks) ** experts.per_token) if ranks > 1 else chips
+        visited = self.visited() * (ranks if ranks > 1 else chips)
         crossed = domains * (1 - (1 - 1 / domains) ** experts.per_token)
         message = links.all_to_all(self.chip, self.efficiency, chips, visited, crossed)
         return self.message(
@@ -203,7 +224,7 @@ class _Compiler:
         if work is None:
             return None
         number_format = compute_format(self.chip, work.dtype)
-        curve = grouped_curve(self.efficiency, work.dtype, number_format)
+        curve = grouped_curve(self.efficiency, work.dtype, number_format, wide=self.wide)
         routing = self.efficiency.routing
         return Experts(
             work=work,
@@ -261,6 +282,8 @@ def compile_plan(
     parts = {"all": ("attention", "ffn", "head"), "attention": ("attention", "head"), "ffn": ("ffn",)}[scope]
     lines = [compiler.matrix(matrix) for matrix in dense_matrices(card, parallel, precision) if matrix.part in parts]
     lines.append(compiler.elementwise(1.0 if scope == "all" else 0.5))
+    if scope != "attention" and card.num_expert_layers:
+        lines.append(compiler.entering())
     lines += compiler.collectives(scope)
     layers = overhead.layer_seconds * card.num_layers
     wide = links.reach_of(chip, parallel.chips_per_stage).domains > 1

@@ -162,12 +162,14 @@ class WorkerCost:
         experts = self.plan.experts
         assert experts is not None
         work = experts.work
-        if experts.skew:
-            touched = experts_touched(work.num_experts, work.per_token, num_tokens, experts.skew)
-        else:
-            touched = work.num_experts * (1.0 - (1.0 - work.per_token / work.num_experts) ** num_tokens)
-        touched *= work.local_experts / work.num_experts
         assigned = busiest_assignments(experts, num_tokens)
+        # the busiest chip touches as many of its experts as if all chips were as busy
+        as_busy = assigned * work.ranks / work.per_token
+        if experts.skew:
+            touched = experts_touched(work.num_experts, work.per_token, as_busy, experts.skew)
+        else:
+            touched = work.num_experts * (1.0 - (1.0 - work.per_token / work.num_experts) ** as_busy)
+        touched *= work.local_experts / work.num_experts
         flops = 2.0 * work.weights_each * assigned
         moved = touched * work.weights_each * DTYPE_BYTES[work.dtype] + assigned * 2 * (
             2 * work.hidden + 3 * work.inner
