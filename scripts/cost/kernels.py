@@ -244,6 +244,33 @@ def all_reduce(chips: tuple[str, ...] = CHIPS) -> tuple[Table, Callable[[dict[st
     return table, seconds
 
 
+def all_to_all(chips: tuple[str, ...] = CHIPS) -> tuple[Table, Callable[[dict[str, float]], Vector]]:
+    """Dispatch and combine of DeepEP within a node, in 16 bits both ways; of its two kinds of kernels the faster."""
+    table = Table("moe_all_to_all", lambda row: row["system"] in chips and row["comm_dtype"] == "bfloat16")
+    fastest: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    columns = ("system", "ep_size", "hidden_size", "topk", "num_experts", "num_tokens")
+    for row in table.rows:
+        phases = fastest.setdefault(tuple(row[column] for column in columns), {})
+        known = phases.get(row["phase"])
+        if known is None or float(row["latency"]) < float(known["latency"]):
+            phases[row["phase"]] = row
+    table.rows = [
+        phases["dispatch"] | {"latency": str(sum(float(row["latency"]) for row in phases.values()) / 1e3)}
+        for phases in fastest.values()
+        if len(phases) == 2
+    ]
+    ranks, tokens = table["ep_size"], table["num_tokens"]
+    visited = ranks * (1 - (1 - 1 / ranks) ** table["topk"]) * (ranks - 1) / ranks
+    sent = tokens * visited * table["hidden_size"] * 4
+    link = table.of_chip("scale_up.bandwidth")
+
+    def seconds(values: dict[str, float]) -> Vector:
+        result: Vector = values["base"] + values["doubling"] * np.log2(ranks) + sent / (link * values["share"])
+        return result
+
+    return table, seconds
+
+
 def kernel_curves(chips: tuple[str, ...] = CHIPS) -> tuple[dict[str, dict[str, float]], list[str]]:
     """The curve of each kind of kernel, and a line about how well it fits."""
     start = curve_parameters
@@ -256,6 +283,10 @@ def kernel_curves(chips: tuple[str, ...] = CHIPS) -> tuple[dict[str, dict[str, f
         "grouped.fp8_dealt": (dealt(), start(0.6, 64, 0.7, 1e-6)),
         "attention_prefill": (attention_prefill(chips), start(0.6, 1300, 0.6, 5e-6)),
         "attention_decode": (attention_decode(chips), start(0.6, 1, 0.6, 5e-6)),
+        "all_to_all": (
+            all_to_all(chips),
+            [Parameter("base", 2e-5, 1), Parameter("doubling", 4e-6, 1), Parameter("share", 0.5, 1)],
+        ),
         "all_reduce": (
             all_reduce(chips),
             [Parameter("base", 3e-6, 1), Parameter("doubling", 1e-6, 1), Parameter("share", 0.6, 1)],

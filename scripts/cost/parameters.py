@@ -58,7 +58,7 @@ def parameters(kernels: dict[str, dict[str, float]]) -> list[Parameter]:
         Parameter("all_reduce.share", kernels["all_reduce"]["share"], 0.4),
         Parameter("all_to_all.base", 1.5e-5, 0.7),
         Parameter("all_to_all.doubling", 3e-6, 0.7),
-        Parameter("all_to_all.share", 0.5, 0.5),
+        Parameter("all_to_all.share", kernels["all_to_all"]["share"], 0.2),
     ]
     for backend in BACKENDS:
         found += [

@@ -35,9 +35,6 @@ CARDS = {
 NOT_COUNTED = {"Qwen3.5-397B-A17B": "linear-attention layers"}
 RANGE_RATIO = 0.9
 """InferenceX draws lengths evenly from 80 % to 100 % of the nominal ones."""
-WIDEST_PIECES = 8
-"""Chips that may share each expert in pieces: those of a node. A piece of a 2,048 wide expert on 32 chips would be
-narrower than the blocks its weights are scaled by."""
 WAVES = 10
 """InferenceX sends ten times as many requests as are in flight, after twice as many to warm up. The other campaign does
 not say; taken as the same."""
@@ -213,7 +210,7 @@ def disaggregated_split(row: dict[str, str], card: ModelCard) -> dict[str, objec
         tensor = _number(row[f"{side}_tp_size"], 1)
         data = max(1, _number(row[f"{side}_attention_dp_size"], 1))
         expert = max(1, _number(row[f"{side}_moe_ep_size"], 1))
-        if data > WIDEST_PIECES and expert == 1:  # no engine cuts an expert into so many pieces: it deals them out
+        if data > 1 and expert == 1:  # left at its default: where attention is by data, experts are dealt out whole
             expert = tensor * data
         found = _checked(card, tensor, data, 1 if card.experts is None else expert, field)
         if isinstance(found, str):

@@ -1,4 +1,5 @@
-"""Replays a benchmark client in a closed loop against one aggregated worker, step by step: TTFT and TPOT in the mean.
+"""Replays a benchmark client in a closed loop against one aggregated worker, step by step, or against a prefill and a
+decode pool: TTFT and TPOT in the mean.
 
 The client is the one that measured (so many requests in flight, a new one for each that ends, all of them at once at
 the start); the engine is a policy in two numbers. Used to compare with measurements of engines that are not ours; the
@@ -8,8 +9,10 @@ simulator proper drives the machines that ship.
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from transload.hardware.cost.shape import StepShape
@@ -127,3 +130,50 @@ def closed_loop(
     ttft = sum(request.first - request.arrived for request in todo) / len(todo)
     tpot = sum((request.last - request.first) / (request.output - 1) for request in todo) / len(todo)
     return ttft, tpot
+
+
+@dataclass(frozen=True)
+class Pools:
+    """A prefill and a decode pool, by their durations."""
+
+    prefill_seconds: Callable[[int], float]
+    """Of one step of one worker with so many prompts."""
+    most_prompts: int
+    """In a step."""
+    prefill_workers: int
+    step_seconds: Callable[[int], float]
+    """From one token to the next where so many requests decode, in all workers together."""
+
+
+def closed_loop_apart(pools: Pools, todo: list[Request], in_flight: int) -> tuple[float, float]:
+    """(mean TTFT, mean TPOT) in seconds. Prompts wait for a worker that is free; those that wait are shared out evenly.
+    Whoever decodes gets a token a step, so one clock that counts steps ends all of them."""
+    coming = deque(todo)
+    waiting = deque(coming.popleft() for _ in range(min(in_flight, len(coming))))
+    running: list[tuple[float, int, list[Request]]] = []
+    decoding: list[tuple[float, int, Request]] = []
+    now, steps, free, started = 0.0, 0.0, pools.prefill_workers, 0
+    while waiting or running or decoding:
+        while free and waiting:
+            count = min(pools.most_prompts, math.ceil(len(waiting) / free))
+            batch = [waiting.popleft() for _ in range(count)]
+            free, started = free - 1, started + 1
+            heapq.heappush(running, (now + pools.prefill_seconds(count), started, batch))
+        step = pools.step_seconds(len(decoding)) if decoding else math.inf
+        ends = now + (decoding[0][0] - steps) * step if decoding else math.inf
+        until = min(ends, running[0][0]) if running else ends
+        steps += (until - now) / step
+        now = until
+        if running and running[0][0] <= ends:
+            _, _, batch = heapq.heappop(running)
+            free += 1
+            for request in batch:
+                request.first = now
+                heapq.heappush(decoding, (steps + request.output - 1, id(request), request))
+        else:
+            heapq.heappop(decoding)[2].last = now
+            if coming:
+                coming[0].arrived = now
+                waiting.append(coming.popleft())
+    ttft = sum(request.first - request.arrived for request in todo) / len(todo)
+    return ttft, sum((request.last - request.first) / (request.output - 1) for request in todo) / len(todo)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from functools import cache
 
 from points import WAVES, Point, chip_of
-from replay import closed_loop
+from replay import Pools, closed_loop, closed_loop_apart, requests
 
 from transload.errors import DeploymentError
 from transload.hardware.cost.efficiency import Efficiency
@@ -21,7 +21,6 @@ POLICIES = {
 }
 """vLLM and TensorRT-LLM put prefill chunks and decoding requests into one step of 8,192 tokens by default; SGLang runs
 prefills of up to 16,384 tokens between decode steps."""
-BISECTIONS = 40
 SPREAD = 1 / 9
 """Lengths between 80 % and 100 % of the nominal ones are 90 % of them, give or take a ninth."""
 
@@ -74,7 +73,7 @@ class Queueing:
 
 
 def serve(point: Point, efficiency: Efficiency | None = None) -> Served:
-    """Aggregated: replayed. Disaggregated: prefill pool as a queue of the same client, decode pool at its batch."""
+    """Under the client that measured, replayed."""
     cost = worker_of(point, efficiency)
     if point.mode == "agg":
         inside = point.campaign == "inferencex"
@@ -88,40 +87,41 @@ def serve(point: Point, efficiency: Efficiency | None = None) -> Served:
 
 
 def _disaggregated(point: Point, decode: WorkerCost, efficiency: Efficiency | None) -> Served:
-    """The first of ten waves comes at once and drains in turn; the rest come one by one as requests end.
-
-    Prefill workers are servers of deterministic service: the wait is share * service / (2 (1 - share)) / servers. As
-    many requests are in flight as the client keeps: those that decode, and those that are prefilled or wait for it.
-    How many decode is found by bisection; where the prefill pool is full, all others wait for it.
-    """
-    assert point.prefill_parallel is not None
+    """Replayed too: prompts of the nominal length wait for a prefill worker, steps are those of the mean context."""
     prefill = worker_of(point, efficiency, prefill=True)
-    together = point.prefill_parallel.data_attention
-    prompts = ((0, point.prompt_tokens),) * together
-    batch = prefill.step_seconds(StepShape(prompts))
-    service = batch / together
-    alone = prefill.step_seconds(StepShape(prompts[:1]))
-    servers = point.prefill_workers
-    low, high = 0.0, float(point.concurrency)
-    for _ in range(BISECTIONS):
-        decoding = (low + high) / 2
-        tpot = decode_seconds(decode, load_of(point), max(1.0, decoding / point.decode_workers))
-        rate = decoding / (point.output_tokens * tpot)
-        share = rate * service / servers
-        queued = math.inf if share >= 1 else rate * (alone + share * service / (2 * (1 - share)) / servers)
-        low, high = (decoding, high) if decoding + queued <= point.concurrency else (low, decoding)
-    steady = max(alone, point.concurrency / rate - point.output_tokens * tpot)
-    burst = alone + (point.concurrency - 1) * service / servers / 2
-    ttft = burst / WAVES + steady * (1 - 1 / WAVES)
+    inside = point.campaign == "inferencex"
+    todo = requests(
+        WAVES * point.concurrency, point.prompt_tokens, point.output_tokens, SPREAD if inside else 0.0, seed=0
+    )
+    load, most = load_of(point), most_prompts(point, prefill)
+
+    @cache
+    def prefill_seconds(count: int) -> float:
+        return prefill.step_seconds(StepShape(((0, point.prompt_tokens),) * count))
+
+    @cache
+    def step_seconds(count: int) -> float:
+        return decode_seconds(decode, load, max(1.0, count / point.decode_workers))
+
+    pools = Pools(prefill_seconds, most, point.prefill_workers, step_seconds)
+    ttft, tpot = closed_loop_apart(pools, todo, point.concurrency)
     return Served(ttft + tpot + prefill.request_seconds(point.prompt_tokens, in_flight_of(point)), tpot)
 
 
+def most_prompts(point: Point, prefill: WorkerCost) -> int:
+    """Prompts in a step that is full: on each attention rank as many as its tokens allow."""
+    each = max(1, POLICIES[point.backend].max_step_tokens // point.prompt_tokens)
+    return each * prefill.parallel.data_attention
+
+
 def bare(point: Point, cost: WorkerCost, decoding: float) -> tuple[float, float]:
-    """(TPOT without the effects of queueing, seconds of one prompt)."""
+    """(TPOT without the effects of queueing, seconds of one prompt; of a prefill pool, alone and in a full step)."""
     step = decode_seconds(cost, load_of(point), decoding)
     if point.prefill_parallel is not None:
         prefill = worker_of(point, cost.efficiency, prefill=True)
-        return step, prefill.step_seconds(StepShape(((0, point.prompt_tokens),)))
+        most, prompt = most_prompts(point, prefill), (0, point.prompt_tokens)
+        alone, full = (prefill.step_seconds(StepShape((prompt,) * count)) for count in (1, most))
+        return step, alone + full / most
     together = ranks_filled(cost, point.concurrency / point.decode_workers)
     prompt = prompt_seconds(cost, load_of(point), POLICIES[point.backend], round(decoding), together)
     return step + decoding / point.output_tokens * prompt, prompt
