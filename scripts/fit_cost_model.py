@@ -30,8 +30,9 @@ PACKAGE = Path(__file__).parents[1] / "src" / "transload" / "hardware" / "cost" 
 PROCESSES = 2
 PART_STEPS = 6
 BASIS = (
-    "fitted on measured kernels of H100, H200, B200, B300, GB200 and GB300 and on end-to-end points of vLLM, SGLang "
-    "and TensorRT-LLM on H100, H200, B200 and GB200 (silicon/README.md, docs/accuracy.md)"
+    "fitted on measured kernels of H100, H200, B200, B300, GB200 and GB300, on DeepGEMM's published rates, and on "
+    "end-to-end points of vLLM, SGLang and TensorRT-LLM on H100, H200, B200 and GB200 (silicon/README.md, "
+    "docs/accuracy.md)"
 )
 
 ASIC_BASIS = "estimate: the curves fitted on GPUs; no step of a chip of this class was measured"

@@ -194,7 +194,8 @@ How a point is simulated: its worker's steps come from the cost model; its clien
 so many requests in flight in a closed loop, ten times as many in all, lengths drawn evenly from 80 to 100 %
 of the nominal ones (InferenceX), on an engine that is two facts: whether prefills ride with decodes in one
 step, and how many tokens a step holds (`scripts/cost/served.py`, `scripts/cost/replay.py`). A disaggregated
-point is a prefill queue and a decode pool at its batch.
+point's client is replayed against both pools: prompts wait for a free prefill worker, which takes as many
+as a step holds.
 """
 HALVES = """\
 Runs (configuration, build and date) were dealt into two halves by a checksum; the fit saw one, this is

@@ -121,6 +121,29 @@ def test_intervals_widen_from_fitted_to_unseen_to_claimed() -> None:
         assert unseen.interval[0] >= claimed.interval[0]
 
 
+def test_a_full_prefill_pool_holds_its_clients_back(scripts: Any) -> None:
+    replay = scripts("replay")
+    pools = replay.Pools(lambda count: 0.5 * count, 2, 2, lambda count: 0.001)
+    todo = replay.requests(500, 1000, 100, 0.1, seed=0)
+    ttft, tpot = replay.closed_loop_apart(pools, todo, 50)
+    assert tpot == pytest.approx(0.001, rel=1e-6)
+    assert ttft + 100 * tpot == pytest.approx(50 * 0.5 / 2, rel=0.1)  # requests in flight over the pool's rate
+    alone, _ = replay.closed_loop_apart(pools, replay.requests(10, 1000, 100, 0.0, seed=0), 1)
+    assert alone == pytest.approx(0.5)
+
+
+def test_rows_dealt_out_evenly_are_counted_as_they_fall(scripts: Any) -> None:
+    shapes = ((256, 8, 32), (256, 8, 8), (128, 4, 128), (384, 8, 48), (512, 10, 64))
+    cases = [(tokens, *shape) for tokens in (1, 7, 40, 300) for shape in shapes]
+    rows, touched = scripts("kernels").evenly_dealt(*np.array(cases, dtype=float).T)
+    for case, found, distinct in zip(cases, rows, touched, strict=True):
+        tokens, experts, k, local = case
+        stride = -(-experts // k)
+        hit = [expert for i in range(tokens) for j in range(k) if (expert := (i + j * stride) % experts) < local]
+        assert (round(found), round(distinct)) == (len(hit), min(local, len(hit))), case
+        assert len(set(hit)) == round(distinct), case
+
+
 def test_prediction_does_not_depend_on_what_was_measured(scripts: Any) -> None:
     served = scripts("served")
     point = next(point for point in scripts("evaluate").taken() if point.concurrency == 4)

@@ -128,6 +128,26 @@ def test_few_tokens_touch_few_experts() -> None:
     assert many.bytes / one.bytes == pytest.approx(128 / 8, rel=0.15)
 
 
+def test_the_busiest_of_the_ranks_reads_more_experts_than_their_mean() -> None:
+    def read(ranks: int, tokens: int) -> float:
+        worker = cost("h200", "deepseek-v3", tensor=8, expert=ranks)
+        parts = worker.breakdown(StepShape((), tokens, tokens))
+        return next(part.bytes for part in parts if part.kind == "grouped_gemm")
+
+    assert 1.3 < read(8, 4) / read(1, 4) < 2.5  # by chance one of eight ranks gets about twice the mean of four rows
+    assert read(8, 8192) < 1.3 * read(1, 8192)
+
+
+def test_experts_dealt_out_beyond_a_node_have_the_curve_of_libraries_made_for_that() -> None:
+    def experts(ranks: int, chip: str = "h800") -> float:
+        found = cost(chip, "deepseek-v3", data_attention=ranks, expert=ranks).plan.experts
+        assert found is not None
+        return found.seconds_per_flop
+
+    assert experts(32) == experts(64) < experts(8)
+    assert experts(32, "gb200") == experts(8, "gb200")  # 72 of them are one domain
+
+
 def test_attention_by_data_keeps_a_latent_cache_once() -> None:
     tensor = cost("h200", "deepseek-v3", tensor=16)
     data = cost("h200", "deepseek-v3", data_attention=16, expert=16)
