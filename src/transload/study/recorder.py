@@ -99,6 +99,8 @@ class Recorder:
         self.num_due = self.peak_in_flight = 0
         self.first_due, self.last_due, self.last_end = math.inf, 0.0, 0.0
         self.stage_seconds: dict[str, float] = {}
+        self.stage_times: list[dict[str, float]] | None = [] if with_records else None
+        """Of each request, in the order in which they ended."""
         self.pools = {name: PoolTally() for name in dict.fromkeys(pool_of.values())}
         self.links: dict[tuple[str, str], LinkTally] = {}
         self.records: list[RequestRecord] | None = [] if with_records else None
@@ -231,9 +233,14 @@ class Recorder:
 
     def _take_stages(self, tracked: Tracked, now: float) -> None:
         stages, seconds = tracked.stages, self.stage_seconds
+        own: dict[str, float] = {}
+        if self.stage_times is not None:
+            self.stage_times.append(own)
         for index, stage in enumerate(stages):
             end = stages[index + 1].start if index + 1 < len(stages) else now
             seconds[stage.name] = seconds.get(stage.name, 0.0) + end - stage.start
+            if self.stage_times is not None:
+                own[stage.name] = own.get(stage.name, 0.0) + end - stage.start
             if stage.name == "preempted" and stage.worker is not None:
                 self._tallies[stage.worker].num_preemptions += 1
             if stage.name == "transfer":

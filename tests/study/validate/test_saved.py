@@ -32,7 +32,7 @@ def saved(tmp_path: Path, chip: str) -> Path:
     deployment = resolve(None, "1p1d", [])
     workload = synthetic(Synthetic(arrivals=Poisson(2.0), input=Fixed(64), output=Fixed(8), num_requests=10, seed=3))
     run = play_virtual(deployment, chip, workload)
-    compared = compare("1p1d", "light", run.summary, run.summary, run.stage_seconds, run.stage_seconds)
+    compared = compare("1p1d", "light", run.summary, run.summary, run.stages, run.stages)
     done = Validation(
         command=("transload", "validate"),
         started_at="2026-11-26T12:00:00+00:00",
@@ -44,6 +44,7 @@ def saved(tmp_path: Path, chip: str) -> Path:
         chip=measured_of(chip),
         comparisons=(msgspec.structs.replace(compared, drift=Slowdown()),),
         measured=(run.summary,),
+        measured_stages=(run.stages,),
         simulated=(run.summary,),
         played=(load_of(deployment, workload, SPEED),),
     )

@@ -13,7 +13,7 @@ from transload.errors import DeploymentError
 from transload.hardware.measured import BesideEach, FrontEnd, Interference, MeasuredLink, MeasuredSteps
 from transload.study.calibrate.chip_file import write_chip_file
 from transload.study.metrics import ttft_seconds
-from transload.study.validate.compare import compare
+from transload.study.validate.compare import compare, stage_distributions
 from transload.study.validate.virtual import VirtualRun, capacity, play_virtual
 from transload.study.workload import ClosedLoop, Fixed, Poisson, Synthetic, synthetic
 
@@ -92,8 +92,8 @@ def test_the_capacity_is_what_a_crowd_gets(tmp_path: Path) -> None:
 def test_stages_of_a_request_sum_to_its_time(tmp_path: Path) -> None:
     run = played(tmp_path, "1p1d")
     total = sum(record.end_seconds - record.due_seconds for record in run.records) / len(run.records)
-    assert sum(run.stage_seconds.values()) == pytest.approx(total, rel=0.01)
-    assert set(run.stage_seconds) == {
+    assert sum(stage.mean for stage in run.stages.values()) == pytest.approx(total, rel=0.01)
+    assert set(run.stages) == {
         "queue",
         "reserve",
         "prefill queue",
@@ -120,10 +120,10 @@ def test_errors_are_relative_to_what_was_measured(tmp_path: Path) -> None:
             summary.ttft_seconds, p50=summary.ttft_seconds.p50 * 1.25, p90=summary.ttft_seconds.p90 * 1.25
         ),
     )
-    same = compare("a", "light", summary, summary, run.stage_seconds, run.stage_seconds)
+    same = compare("a", "light", summary, summary, run.stages, run.stages)
     assert same.holds
     assert {figure.error for figure in (*same.figures, *same.stages) if figure.measured} == {0.0}
-    off = compare("a", "light", summary, slower, run.stage_seconds, {})
+    off = compare("a", "light", summary, slower, run.stages, {})
     found = {figure.name: figure for figure in off.figures}
     for name in ("TTFT p50", "TTFT p90"):
         assert found[name].error == pytest.approx(0.25)
@@ -131,3 +131,21 @@ def test_errors_are_relative_to_what_was_measured(tmp_path: Path) -> None:
     assert found["TPOT p50"].error == 0.0
     assert found["TPOT p50"].holds is True
     assert not off.holds
+
+
+def test_stages_that_are_felt_have_bounds_of_their_own(tmp_path: Path) -> None:
+    run = played(tmp_path, "1p1d")
+    slower = run.stages | {"decode": msgspec.structs.replace(run.stages["decode"], p90=run.stages["decode"].p90 * 1.3)}
+    found = compare("a", "light", run.summary, run.summary, run.stages, slower)
+    stages = {figure.name: figure for figure in found.stages}
+    assert stages["decode p50"].holds is True
+    assert stages["decode p90"].holds is False
+    assert stages["prefill p50"].within == 0.1
+    assert "transfer p50" not in stages  # nobody feels it
+    assert not found.holds
+
+
+def test_a_stage_that_a_request_has_not_gone_through_took_it_no_time() -> None:
+    found = stage_distributions([{"prefill": 1.0, "transfer": 0.2}, {"prefill": 3.0}])
+    assert found["prefill"].mean == 2.0
+    assert (found["transfer"].mean, found["transfer"].p50) == (0.1, 0.1)

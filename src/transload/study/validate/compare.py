@@ -5,15 +5,20 @@ Pure: it is handed records and stages.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from transload.hardware.measured import Slowdown
-from transload.study.metrics import Distribution, Summary
+from transload.study.metrics import Distribution, Summary, distribution
 
 P50_WITHIN = 0.10
 P90_WITHIN = 0.20
+FELT_SHARE = 0.05
+"""Of a request's time: a stage that takes less is told, and has no bound."""
+NEVER = Distribution(count=0, mean=0.0, p50=0.0, p90=0.0, p95=0.0, p99=0.0, max=0.0)
+Stages = Mapping[str, Distribution]
+"""Seconds that requests spend in each stage, by its name."""
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,13 +54,13 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     num_requests: int
     figures: tuple[Figure, ...]
     stages: tuple[Figure, ...]
-    """Mean seconds a request spends in each stage of its waterfall."""
+    """Mean seconds a request spends in each stage of its waterfall, and its percentiles where it is felt."""
     drift: Slowdown | None = None
     """Of the machine since it was calibrated, from two steps before and after the load."""
 
     @property
     def holds(self) -> bool:
-        return all(figure.holds is not False for figure in self.figures)
+        return all(figure.holds is not False for figure in (*self.figures, *self.stages))
 
 
 def compare(
@@ -63,10 +68,10 @@ def compare(
     load: str,
     measured: Summary,
     simulated: Summary,
-    measured_stages: Mapping[str, float],
-    simulated_stages: Mapping[str, float],
+    measured_stages: Stages,
+    simulated_stages: Stages,
 ) -> Comparison:
-    """`..._stages`: mean seconds by name of stage."""
+    """One beside the other."""
     figures: list[Figure] = []
     for name, real, virtual in (
         ("TTFT", measured.ttft_seconds, simulated.ttft_seconds),
@@ -89,23 +94,32 @@ def compare(
             unit="requests/s",
         ),
     ]
-    names = list(dict.fromkeys([*measured_stages, *simulated_stages]))
     return Comparison(
         deployment=deployment,
         load=load,
         requests_per_second=measured.offered_requests_per_second or 0.0,
         num_requests=measured.num_requests,
         figures=tuple(figures),
-        stages=tuple(
-            Figure(
-                name=name,
-                measured=measured_stages.get(name, 0.0),
-                simulated=simulated_stages.get(name, 0.0),
-                unit="s",
-            )
-            for name in names
-        ),
+        stages=tuple(_stages(measured_stages, simulated_stages)),
     )
+
+
+def stage_distributions(requests: Sequence[Mapping[str, float]]) -> dict[str, Distribution]:
+    """Of requests' seconds by stage; a stage that a request has not gone through took it no time."""
+    names = dict.fromkeys(name for request in requests for name in request)
+    found = {name: distribution([request.get(name, 0.0) for request in requests]) for name in names}
+    return {name: values for name, values in found.items() if values is not None}
+
+
+def _stages(measured: Stages, simulated: Stages) -> list[Figure]:
+    total = sum(each.mean for each in measured.values())
+    figures: list[Figure] = []
+    for name in dict.fromkeys([*measured, *simulated]):
+        real, virtual = measured.get(name, NEVER), simulated.get(name, NEVER)
+        figures.append(Figure(name=name, measured=real.mean, simulated=virtual.mean, unit="s"))
+        if real.mean >= FELT_SHARE * total:
+            figures += _latencies(name, real, virtual)[:2]
+    return figures
 
 
 def _latencies(name: str, real: Distribution, virtual: Distribution) -> list[Figure]:

@@ -15,16 +15,16 @@ from transload.runtime.base import Waterfall
 from transload.study.calibrate.effort import warn_if_busy
 from transload.study.calibrate.server import Played, ServerProcess, new_folder, play
 from transload.study.curves import latency_curves
-from transload.study.metrics import Summary, summarize
+from transload.study.metrics import Distribution, Summary, summarize
 from transload.study.provenance import machine_facts, versions
 from transload.study.report.sources import with_timeline
 from transload.study.result import Result
 from transload.study.timeline import Timeline, read_timeline
 from transload.study.told import chosen
-from transload.study.validate.compare import Comparison, compare
+from transload.study.validate.compare import Comparison, compare, stage_distributions
 from transload.study.validate.drift import drift_of, is_noticed, watch_drift
 from transload.study.validate.saved import PlayedLoad, Validation, commit_of_this, load_of
-from transload.study.validate.virtual import VirtualRun, capacity, measured_of, play_virtual
+from transload.study.validate.virtual import capacity, measured_of, play_virtual
 from transload.study.workload import ClosedLoop, Fixed, LogNormal, Poisson, Synthetic, Workload, synthetic
 
 Say = Callable[[str], None]
@@ -61,6 +61,7 @@ def validate(
     started_at, machine = datetime.now(UTC).isoformat(timespec="seconds"), machine_facts()
     comparisons: list[Comparison] = []
     real: list[Summary] = []
+    stages: list[dict[str, Distribution]] = []
     virtual: list[Summary] = []
     loads: list[PlayedLoad] = []
     results: list[Result] = []
@@ -84,9 +85,11 @@ def validate(
                     deployment, chip_path, workload, drift=drift if load.follows_drift else None, name=name
                 )
                 summary = summarize(played.records, Targets())
-                compared = _compare(name, words, summary, played, simulated)
+                real_stages = stage_distributions([_seconds_by_stage(each) for each in played.waterfalls])
+                compared = compare(name, words, summary, simulated.summary, real_stages, simulated.stages)
                 comparisons.append(msgspec.structs.replace(compared, drift=drift))
                 real.append(summary)
+                stages.append(real_stages)
                 virtual.append(simulated.summary)
                 loads.append(load_of(deployment, workload, speed))
                 timeline = read_timeline(server.event_log)
@@ -103,6 +106,7 @@ def validate(
         follows_drift=load.follows_drift,
         comparisons=tuple(comparisons),
         measured=tuple(real),
+        measured_stages=tuple(stages),
         simulated=tuple(virtual),
         played=tuple(loads),
     )
@@ -167,13 +171,8 @@ def _warm_up(url: str) -> None:
     )
 
 
-def _compare(name: str, words: str, summary: Summary, played: Played, simulated: VirtualRun) -> Comparison:
-    return compare(name, words, summary, simulated.summary, _stage_seconds(played.waterfalls), simulated.stage_seconds)
-
-
-def _stage_seconds(waterfalls: Sequence[Waterfall]) -> dict[str, float]:
-    totals: dict[str, float] = defaultdict(float)
-    for waterfall in waterfalls:
-        for stage in waterfall.stages:
-            totals[stage.name] += stage.seconds
-    return {name: seconds / len(waterfalls) for name, seconds in totals.items()}
+def _seconds_by_stage(waterfall: Waterfall) -> dict[str, float]:
+    seconds: dict[str, float] = defaultdict(float)
+    for stage in waterfall.stages:
+        seconds[stage.name] += stage.seconds
+    return seconds

@@ -16,7 +16,7 @@ from transload.deploy.spec import Deployment
 from transload.errors import DeploymentError
 from transload.hardware.measured import MeasuredSteps, Reference
 from transload.study.json_file import write_out
-from transload.study.metrics import Summary
+from transload.study.metrics import Distribution, Summary
 from transload.study.provenance import MachineFacts
 from transload.study.validate.compare import Comparison, compare
 from transload.study.validate.drift import drift_of
@@ -87,6 +87,7 @@ class Validation(msgspec.Struct, frozen=True, kw_only=True):
     comparisons: tuple[Comparison, ...]
     measured: tuple[Summary, ...]
     """In the order of the comparisons."""
+    measured_stages: tuple[dict[str, Distribution], ...]
     simulated: tuple[Summary, ...]
     played: tuple[PlayedLoad, ...]
 
@@ -98,7 +99,8 @@ def simulate_again(
     before, chip = read_validation(path), measured_of(chip_path)
     comparisons: list[Comparison] = []
     summaries: list[Summary] = []
-    for old, measured, load in zip(before.comparisons, before.measured, before.played, strict=True):
+    halves = zip(before.comparisons, before.measured, before.measured_stages, before.played, strict=True)
+    for old, measured, stages, load in halves:
         say(f"{old.deployment}, {old.load}: simulated anew")
         drift = drift_of(chip, load.speed)
         run = play_virtual(
@@ -108,8 +110,7 @@ def simulate_again(
             drift=drift if follows_drift else None,
             name=old.deployment,
         )
-        stages = {figure.name: figure.measured for figure in old.stages}
-        new = compare(old.deployment, old.load, measured, run.summary, stages, run.stage_seconds)
+        new = compare(old.deployment, old.load, measured, run.summary, stages, run.stages)
         comparisons.append(msgspec.structs.replace(new, drift=drift))
         summaries.append(run.summary)
     return msgspec.structs.replace(

@@ -13,11 +13,12 @@ from transload.hardware.catalog import load_chip
 from transload.hardware.measured import MeasuredSteps, Slowdown
 from transload.study.calibrate.shared_machine import SharedMachineCost
 from transload.study.curves import latency_curves
-from transload.study.metrics import RequestRecord, Summary, summarize
+from transload.study.metrics import Distribution, RequestRecord, Summary, summarize
 from transload.study.result import Result
 from transload.study.simulate import Simulation
 from transload.study.simulated import ClusterCost, plan_cluster
 from transload.study.summing_up import RunFacts, sum_up
+from transload.study.validate.compare import stage_distributions
 from transload.study.workload import ClosedLoop, Fixed, Synthetic, Workload, synthetic
 
 CAPACITY_USERS = 48
@@ -27,8 +28,8 @@ CAPACITY_REQUESTS = 192
 class VirtualRun(msgspec.Struct, frozen=True, kw_only=True):
     records: list[RequestRecord]
     summary: Summary
-    stage_seconds: dict[str, float]
-    """Mean a request, by name of stage."""
+    stages: dict[str, Distribution]
+    """Seconds of a request, by name of stage."""
     result: Result
 
 
@@ -54,7 +55,6 @@ def play_virtual(
     simulation.run()
     recorder = simulation.recorder
     records = [_felt(record, measured.front_end.request_seconds) for record in recorder.records or []]
-    count = max(1, recorder.num_successful)
     summary = summarize(records, Targets())
     facts = RunFacts(
         name=name,
@@ -71,7 +71,7 @@ def play_virtual(
     return VirtualRun(
         records=records,
         summary=summary,
-        stage_seconds={stage: seconds / count for stage, seconds in recorder.stage_seconds.items()},
+        stages=stage_distributions(recorder.stage_times or []),
         result=result,
     )
 
