@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -24,7 +24,9 @@ from transload.errors import DeploymentError
 from transload.hardware.afd.events import play
 from transload.hardware.afd.pipeline import Pipeline, step_seconds
 from transload.hardware.afd.published import (
+    Ascend,
     AscendAssumptions,
+    ascend_break_even,
     ascend_results,
     fastafd_from_catalog,
     published,
@@ -33,9 +35,10 @@ from transload.hardware.afd.published import (
     sweep_from_catalog,
 )
 from transload.hardware.afd.search import Answer, Question, search
-from transload.hardware.afd.stages import Wire, wire_of
+from transload.hardware.afd.stages import SplitWorker, Wire, wire_of
 from transload.hardware.catalog import load_chip, load_link, load_model
 from transload.hardware.precision import with_weights
+from transload.study.expert_load import skewed_step, zipf_loads
 
 ROOT = Path(__file__).parents[1]
 MICRO_BATCHES = (1, 2, 3)
@@ -51,6 +54,16 @@ SETUPS: dict[str, tuple[str, str, str, float]] = {
 }
 RUBIN_MODELS = {"Qwen3-235B": "qwen3-235b-a22b", "DeepSeek-V3": "deepseek-v3"}
 RUBIN_TARGETS_MS = (3, 5, 10, 20, 50)
+RUBIN_TARGET = 0.01
+SKEW_WORKERS, SKEW_CALLERS, SKEW_ROWS, SKEW_LAYERS = 8, 64, 128, 12
+SKEWS = (0.0, 0.5, 1.0, 1.5)
+"""The n-th hottest expert is chosen by 1 / n^s: a guess at how uneven traffic is, not a measurement."""
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    "placed as if all were alike": {"knows_loads": False},
+    "placed by how hot they are": {},
+    "and 8 copies": {"num_replicas": 8},
+    "and 32 copies": {"num_replicas": 32},
+}
 BRIDGE = (400e9, 2e-6)
 """Assumed: nobody has published the bridge's bandwidth or latency."""
 
@@ -71,14 +84,14 @@ def question(setup: str, **changes: Any) -> Question:
     return msgspec.structs.replace(asked, **changes)
 
 
-def rubin(model: str, tpot: float, bandwidth: float, latency: float) -> Question:
+def rubin(model: str, tpot: float, bandwidth: float, latency: float, context: int = 8192) -> Question:
     card = load_model(model)
     return Question(
         card=card,
         attention_chip=load_chip("rubin_r200"),
         ffn_chip=load_chip("groq3_lp30"),
         wire=Wire(latency_seconds=latency, attention_bytes_per_second=bandwidth, ffn_bytes_per_second=bandwidth),
-        context_tokens=8192,
+        context_tokens=context,
         tpot_seconds=tpot,
         precision=with_weights(card.precision, "fp8"),
         micro_batches=MICRO_BATCHES,
@@ -175,8 +188,44 @@ def on_rubin() -> dict[str, Any]:
         }
         for bandwidth in (50e9, 200e9, 800e9)
     }
+    contexts = {
+        name: {
+            str(context): ask(rubin(model, RUBIN_TARGET, *BRIDGE, context))
+            for context in CONTEXTS
+            if context <= (load_model(model).max_context or 131072)
+        }
+        for name, model in RUBIN_MODELS.items()
+    }
+    latencies = {}
+    for name, model in RUBIN_MODELS.items():
+
+        def gain(latency: float, model: str = model) -> float:
+            return search(rubin(model, RUBIN_TARGET, BRIDGE[0], latency)).gain or 0.0
+
+        latencies[name] = _break_even(gain, 0.1e-6, 1e-3)
     return {"bridge": {"gigabytes_per_second": BRIDGE[0] / 1e9, "latency_us": BRIDGE[1] * 1e6}, "targets_ms": targets,
-            "bridges": bridges}  # fmt: skip
+            "bridges": bridges, "target_ms": RUBIN_TARGET * 1e3, "contexts": contexts,
+            "break_even_us": latencies}  # fmt: skip
+
+
+def on_skew() -> dict[str, Any]:
+    """Experts that are not chosen evenly, and copies of the hottest, played by the machines that serve."""
+    card, chip = load_model("qwen3-235b-a22b"), load_chip("gb200")
+    wire = wire_of(load_link("nvlink5"), latency=5e-6)
+    num_experts = card.experts.num_experts if card.experts is not None else 0
+    worker = SplitWorker(
+        card, chip, chip, wire, precision=with_weights(card.precision, "fp8"), split="expert", parts=SKEW_WORKERS
+    )
+    rows = []
+    for exponent in SKEWS:
+        loads = zipf_loads(num_experts, exponent)
+        for placement, said in PLACEMENTS.items():
+            step = skewed_step(worker, SKEW_ROWS, SKEW_ROWS * 2048, attention_workers=SKEW_CALLERS,
+                               ffn_workers=SKEW_WORKERS, loads=loads, num_layers=SKEW_LAYERS, **said)  # fmt: skip
+            rows.append({"exponent": exponent, "hottest": max(loads) * num_experts, "placement": placement,
+                         **msgspec.to_builtins(step)})  # fmt: skip
+    return {"workers": SKEW_WORKERS, "callers": SKEW_CALLERS, "rows": SKEW_ROWS, "num_experts": num_experts,
+            "steps": rows}  # fmt: skip
 
 
 def from_others() -> dict[str, Any]:
@@ -208,42 +257,60 @@ def from_others() -> dict[str, Any]:
         }
         for point, seconds in sweep_from_catalog(said.fastafd_sweep)
     ]
-    ascend = {
-        f"{share:g}": [
-            {
-                "context": result.context_tokens,
-                "batches": [result.batch_unsplit, result.batch_split],
-                "gains": result.gains,
-                "break_even_ratio": result.break_even_ratio if result.break_even_ratio < 1e9 else None,
-            }
-            for result in ascend_results(said.ascend, AscendAssumptions(ffn_memory_share=share))
-        ]
-        for share in (0.65, 0.75, 0.85, 0.95)
-    }
-    ascend["cost model"] = [
-        {
-            "context": result.context_tokens,
-            "batches": [result.batch_unsplit, result.batch_split],
-            "gains": result.gains,
-            "break_even_ratio": result.break_even_ratio if result.break_even_ratio < 1e9 else None,
-        }
-        for result in ascend_results(said.ascend)
-    ]
-    measured = [
-        {
-            "context": point.context_tokens,
-            "gains": [split.per_chip / point.unsplit - 1 for split in point.splits],
-        }
-        for point in said.ascend.points
-    ]
     step3 = msgspec.to_builtins(step3_result(said.step3))
     return {
         "fastafd": fastafd,
         "sweep": sweep,
         "sweep_median_error": statistics.median(row["simulated_ms"] / row["measured_ms"] - 1 for row in sweep),
-        "ascend": ascend,
-        "ascend_measured": measured,
+        "ascend": on_ascend(said.ascend),
         "step3": {**step3, "peak_per_chip": said.step3.peak_per_chip, "mean_per_chip": said.step3.mean_per_chip},
+    }
+
+
+ASCEND: dict[str, AscendAssumptions] = {
+    "as published": AscendAssumptions(),
+    "experts read at 65% of the bandwidth": AscendAssumptions(ffn_memory_share=0.65),
+    "experts read at 95% of the bandwidth": AscendAssumptions(ffn_memory_share=0.95),
+    "one way takes 50 us": AscendAssumptions(latency_seconds=50e-6),
+    "were all 16 experts of a die read": AscendAssumptions(experts_per_die=16),
+}
+
+
+def on_ascend(ascend: Ascend) -> dict[str, Any]:
+    """The published ratios as published and under other assumptions, and from which values their signs would follow."""
+    rows = {
+        name: [
+            {
+                **msgspec.to_builtins(result),
+                "break_even_ratio": result.break_even_ratio if result.break_even_ratio < 1e9 else None,
+            }
+            for result in ascend_results(ascend, assumed)
+        ]
+        for name, assumed in ASCEND.items()
+    }
+    names = [f"{split.attention_workers}A{split.ffn_workers}F" for split in ascend.points[0].splits]
+    limits: tuple[tuple[Literal["latency_seconds", "call_seconds"], float], ...] = (
+        ("call_seconds", 1e-3),
+        ("latency_seconds", 1e-2),
+    )
+    return {
+        "rows": rows,
+        "ratios": names,
+        "measured": [
+            {
+                "context_tokens": point.context_tokens,
+                "batches": [point.batch_unsplit, point.batch_split],
+                "gains": [split.per_chip / point.unsplit - 1 for split in point.splits],
+            }
+            for point in ascend.points
+        ],
+        "pays_up_to": {
+            name: [
+                [ascend_break_even(ascend, point, split, name, most) for split in range(len(names))]
+                for point in range(len(ascend.points))
+            ]
+            for name, most in limits
+        },
     }
 
 
@@ -289,6 +356,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "by_context": by_context,
     "by_latency": by_latency,
     "rubin": on_rubin,
+    "skew": on_skew,
 }
 
 

@@ -94,17 +94,26 @@ simulated from the catalog. The simulated step is off by {error} in the median. 
 FFN tray, measured and simulated: {best}.
 """
 ASCEND = """
-vLLM's afd-plugin on Ascend 910C, DeepSeek-V3.2 in 8 bits, tokens per second and die against EP64. Derived, not fitted:
-batches are what 64 GB a die hold before and after the experts leave; an unsplit step is batch / published rate; its two
-contexts say what a request costs; weights, FFN calls (experts balanced, as in the measurement), hops and bubbles are
-the cost model's.
+vLLM's afd-plugin on Ascend 910C, DeepSeek-V3.2 in 8 bits, tokens per second and die against EP64. Derived, not fitted,
+from what its recipe says: {before} requests a die unsplit and {after} split (at {contexts} of context), and rows that
+are sent to 4 of the 16 experts of an FFN die only, so that 16 FFN dies stand for 64 and read a quarter of their weights
+(an EP64 die has 4 experts anyway). An unsplit step is batch / published rate; its two contexts hold the same context in
+all, so their difference is what a request costs. Weights, FFN calls, hops and bubbles are the cost model's; one way of
+a hop is assumed at 10 us.
+"""
+ASCEND_SO = """
+So at 16K both signs follow, and at 32K that of 64A16F; 48A16F at 32K comes out the wrong way by a few percent. The four
+experts decide: were all 16 of an FFN die read, both ratios would lose at 32K, as they did on this page before the
+recipe was known. What is left is how long a step takes. In ms:
 
-A split wins where M / (M + N) > 1 / x, x being the tokens a second of an attention die over those of an unsplit one. At
-48A16F M / (M + N) is 0.75, at 64A16F 0.80: whatever is assumed, the second is better, and at 16K 1 / x lies at the two,
-so that the sign of each is a matter of a few percent. At 32K it hangs on how fast a die reads its 16 experts a layer,
-which nobody has published, so it is a row each; *cost model* is the curve fitted on GPUs, for 8 bits.
-The published gap between the two ratios (17 and 21 % a die) is larger than 0.80 / 0.75 allows at equal batch and step:
-something else differed between the two runs that the model does not see.
+{steps}
+All four signs follow if one way of a hop takes between {low:.0f} and {high:.0f} us instead of 10: at 32K, with half the
+rows, attention is then too short to hide two hops. Not published for this run; on the same chips xDeepServe (arXiv
+2508.02520) gives 172 us out and 193 us home for 96 requests a die, and its dispatch 20 us for 4. Time that an attention
+die itself spends on each call would do it at 32K between {call_low:.0f} and {call_high:.0f} us, but at 16K 64A16F stays
+ahead only below {call_most:.0f} us. And no value of anything makes both measured steps: with the same batch a die and
+fewer rows an FFN die, 48A16F was measured {slower} slower a step than 64A16F (16K and 32K). In a pipeline fewer callers
+are never slower; something else differed between the two runs.
 """
 STEP3 = """
 Step-3's stage budget (3 stages, 3 micro-batches, 61 layers, 272 us a stage, 91 us out and 182 us home): the pipeline
@@ -136,6 +145,28 @@ nor does a split.
 BRIDGES = """
 Qwen3-235B at 5 ms a token, by the bridge's bandwidth a port and its latency one way: tokens per second and Rubin GPU
 of the best split.
+"""
+RUBIN_CONTEXTS = """
+At {target:g} ms a token, by context: the gain with chips alike, and the latency one way up to which there is one.
+"""
+SKEW = """
+Qwen3-235B on GB200, its {experts} experts split over {workers} FFN workers of one GPU; {callers} attention workers of
+{rows} requests. A step, played event by event by the machines that serve: the placement of `control/expert_map.py`, and
+`control/ffn_client.py` choosing among the owners of a copied expert. The n-th hottest expert is chosen by 1 / n^s, a
+guess at how uneven traffic is. The step over that of evenly chosen experts, and in brackets the rows of the busiest FFN
+worker over the mean.
+"""
+LOSSES = """
+## When an FFN worker dies
+
+    transload simulate deployments/rubin-lpx.yaml --set pools.lpx.workers=2 --fault "kill lpx-0 at 20s"
+
+A simulation takes the closed form while everybody is up. A step in which an FFN worker goes, or that begins with a part
+of the feed-forwards at nobody, is played instead by the machines that serve (`FfnClient` and `FfnServer`, driven by
+`runtime/ffn_step.py`); without losses the two agree within 2 %, which a property test holds. A replica takes over
+within the step; with the last one gone attention workers load the weights and compute both halves, if they hold them
+beside their caches, or the requests wait for the deadline and fail, as the deployment's `fallback` says. The result
+says how many steps felt it, by how much the longest, and how many calls were asked again, computed here, or failed.
 """
 SO = """
 So it pays for fast answers: where GPUs must run nearly empty to keep the target, an FFN in SRAM gives them back their
@@ -186,22 +217,50 @@ def sweep(part: dict[str, Any]) -> str:
 
 
 def ascend(part: dict[str, Any]) -> str:
-    contexts = [point["context"] for point in part["ascend_measured"]]
-    rows: list[list[object]] = [["measured", *_gains(part["ascend_measured"]), "", ""]]
-    for name, results in part["ascend"].items():
-        label = "the cost model's share" if name == "cost model" else f"{float(name):.0%} of the bandwidth"
+    said = part["ascend"]
+    measured, contexts = said["measured"], [tokens(point["context_tokens"]) for point in said["measured"]]
+    columns = ["", *(f"{context}: {', '.join(said['ratios'])}" for context in contexts), "pays from"]
+    rows: list[list[object]] = [["measured", *(_gains(point["gains"]) for point in measured), ""]]
+    for name, results in said["rows"].items():
         ratios = " and ".join(
             "never" if result["break_even_ratio"] is None else f"{result['break_even_ratio']:.1f}:1"
             for result in results
         )
-        batches = " and ".join(f"{before} to {after}" for before, after in (r["batches"] for r in results))
-        rows.append([f"simulated, experts read at {label}", *_gains(results), ratios, batches])
-    columns = ["", *(f"{tokens(context)}: 48A16F, 64A16F" for context in contexts), "pays from", "requests a die"]
-    return wrapped(ASCEND) + table(columns, rows)
+        gains = [_gains([split["gain"] for split in result["splits"]]) for result in results]
+        rows.append([f"simulated, {name}", *gains, ratios])
+    before, after = ([str(point["batches"][side]) for point in measured] for side in (0, 1))
+    intro = ASCEND.format(before=" and ".join(before), after=" and ".join(after), contexts=" and ".join(contexts))
+    return wrapped(intro) + table(columns, rows) + _ascend_steps(said, contexts)
 
 
-def _gains(results: list[dict[str, Any]]) -> list[str]:
-    return [", ".join(percent(value) for value in result["gains"]) for result in results]
+def _ascend_steps(said: dict[str, Any], contexts: list[str]) -> str:
+    published = said["rows"]["as published"]
+    rows: list[list[object]] = []
+    for context, result in zip(contexts, published, strict=True):
+        for name, split in zip(said["ratios"], result["splits"], strict=True):
+            milliseconds = [f"{split[key] * 1e3:.1f}" for key in
+                            ("step_seconds", "break_even_step_seconds", "measured_step_seconds")]  # fmt: skip
+            rows.append([f"{name}, {context}", *milliseconds])
+    slower = [
+        result["splits"][0]["measured_step_seconds"] / result["splits"][-1]["measured_step_seconds"] - 1
+        for result in published
+    ]
+    hops, calls = said["pays_up_to"]["latency_seconds"], said["pays_up_to"]["call_seconds"]
+    text = ASCEND_SO.format(
+        steps="STEPS",
+        low=max(point[0] for point in hops) * 1e6,
+        high=min(point[1] for point in hops) * 1e6,
+        call_low=calls[1][0] * 1e6,
+        call_high=calls[1][1] * 1e6,
+        call_most=calls[0][1] * 1e6,
+        slower=" and ".join(f"{each:.0%}" for each in slower),
+    )
+    columns = ["", "simulated", "as good as EP64", "measured"]
+    return wrapped(text).replace("STEPS", table(columns, rows).rstrip())
+
+
+def _gains(gains: list[float]) -> str:
+    return ", ".join(percent(value) for value in gains)
 
 
 def step3(part: dict[str, Any]) -> str:
@@ -290,7 +349,36 @@ def rubin(result: dict[str, Any]) -> str:
         for bandwidth, answers in part["bridges"].items()
     ]
     sweep_table = table(["bridge", *(f"{latency} us" for latency in latencies)], rows)
-    return text + wrapped(BRIDGES) + sweep_table + wrapped(SO)
+    return text + wrapped(BRIDGES) + sweep_table + rubin_contexts(part) + wrapped(SO)
+
+
+def rubin_contexts(part: dict[str, Any]) -> str:
+    contexts = sorted({int(context) for answers in part["contexts"].values() for context in answers})
+    rows: list[list[object]] = []
+    for model, answers in part["contexts"].items():
+        cells: list[object] = [model]
+        cells += [gain(answers[str(context)]) if str(context) in answers else "-" for context in contexts]
+        latency = part["break_even_us"][model]
+        rows.append([*cells, "never" if latency is None else f"{latency:.1f} us"])
+    columns = ["model", *(tokens(context) for context in contexts), "break-even latency at 8K"]
+    return wrapped(RUBIN_CONTEXTS.format(target=part["target_ms"])) + table(columns, rows)
+
+
+def skew(result: dict[str, Any]) -> str:
+    part = result["skew"]
+    placements = list(dict.fromkeys(step["placement"] for step in part["steps"]))
+    by = {(step["exponent"], step["placement"]): step for step in part["steps"]}
+    even = by[0.0, placements[0]]["seconds"]
+    rows: list[list[object]] = []
+    for exponent in sorted({step["exponent"] for step in part["steps"]}):
+        steps = [by[exponent, placement] for placement in placements]
+        cells = [f"{step['seconds'] / even:.2f} ({step['busiest']:.2f})" for step in steps]
+        rows.append([f"{exponent:g}", f"{steps[0]['hottest']:.1f} times the mean", *cells])
+    rows.append(["", "experts held at most", *(by[0.0, placement]["experts_held"] for placement in placements)])
+    text = SKEW.format(workers=part["workers"], callers=part["callers"], rows=part["rows"], experts=part["num_experts"])
+    return (
+        "\n## Experts that are not chosen evenly\n" + wrapped(text) + table(["s", "hottest expert", *placements], rows)
+    )
 
 
 def figures(result: dict[str, Any]) -> dict[str, str]:
@@ -323,7 +411,8 @@ def figures(result: dict[str, Any]) -> dict[str, str]:
 def page(result: dict[str, Any]) -> str:
     agreement = result["agreement"]
     head = HEAD.format(commit=result["commit"][:7], pipelines=agreement["pipelines"], largest=agreement["largest"])
-    return (head + published(result) + clusters(result) + rubin(result)).replace("\n\n\n", "\n\n").rstrip() + "\n"
+    parts = head + published(result) + clusters(result) + rubin(result) + skew(result) + LOSSES
+    return parts.replace("\n\n\n", "\n\n").rstrip() + "\n"
 
 
 def main() -> int:

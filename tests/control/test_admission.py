@@ -1,62 +1,150 @@
-"""When a refused caller should come back."""
+"""Who is let in, when a refused caller should come back, and that there is a place for it then."""
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
-from transload.control.admission import LONGEST_RETRY_SECONDS, Admission
+from transload.control.admission import GRACE_SECONDS, LONGEST_RETRY_SECONDS, Admission
+
+FULL = 256
 
 
 def busy(admission: Admission, seconds_between: float, times: int = 200, start: float = 0.0) -> float:
-    """Requests that stood in the queue leave it at this pace; returns when the last one did."""
+    """Requests that waited are served at this pace; returns when the last one was."""
     now = start
     for _ in range(times):
         now += seconds_between
-        admission.dispatched(start - 1, now)
+        admission.served(start - 1, now)
     return now
+
+
+def refused(admission: Admission, now: float, caller: int = 0) -> float:
+    seconds = admission.ask(caller, FULL, FULL * admission.seconds_between, now)
+    assert seconds is not None
+    return seconds
 
 
 def test_each_refused_caller_is_given_the_next_place() -> None:
     admission = Admission()
     now = busy(admission, 2.0)
-    assert [admission.retry_after(now) for _ in range(4)] == pytest.approx([2.0, 4.0, 6.0, 8.0], rel=0.01)
+    assert [refused(admission, now) for _ in range(4)] == pytest.approx([2.0, 4.0, 6.0, 8.0], rel=0.01)
 
 
 def test_places_that_have_passed_are_not_promised_again() -> None:
     admission = Admission()
     now = busy(admission, 2.0)
     for _ in range(3):
-        admission.retry_after(now)
-    assert admission.retry_after(now + 4) == pytest.approx(4.0, rel=0.01)
-    assert admission.retry_after(now + 100) == pytest.approx(2.0, rel=0.01)
+        refused(admission, now)
+    assert refused(admission, now + 4) == pytest.approx(4.0, rel=0.01)
+    assert refused(admission, now + 100) == pytest.approx(2.0, rel=0.01)
 
 
 def test_nobody_is_told_to_come_back_sooner_than_in_a_second() -> None:
     admission = Admission()
-    assert admission.retry_after(busy(admission, 0.001)) == 1.0
+    assert refused(admission, busy(admission, 0.001)) == pytest.approx(1.0)
 
 
-def test_hours_without_requests_do_not_count_as_a_slow_queue() -> None:
+def test_hours_without_requests_do_not_count_as_slow_service() -> None:
     admission = Admission()
     now = busy(admission, 2.0)
     for _ in range(50):
         now += 3600
-        admission.dispatched(now, now)  # came and went at once
-    assert admission.retry_after(now) == pytest.approx(2.0, rel=0.01)
+        admission.served(now, now)  # came and was served at once
+    assert admission.seconds_between == pytest.approx(2.0, rel=0.01)
 
 
-def test_a_burst_into_idle_workers_does_not_count_as_a_fast_queue() -> None:
-    admission = Admission()
-    now = busy(admission, 5.0)
-    for _ in range(50):
-        admission.dispatched(now, now)
-    assert admission.retry_after(now) == pytest.approx(5.0, rel=0.01)
-
-
-def test_a_flood_of_refusals_keeps_nobody_away_for_long() -> None:
+def test_a_flood_of_refusals_keeps_nobody_away_for_long_and_no_more_places_than_that() -> None:
     admission = Admission()
     now = busy(admission, 1.0)
-    assert max(admission.retry_after(now) for _ in range(100_000)) == LONGEST_RETRY_SECONDS
+    assert max(refused(admission, now, caller) for caller in range(1, 3_000)) == LONGEST_RETRY_SECONDS
+    assert admission.num_places <= LONGEST_RETRY_SECONDS + 1
+
+
+def test_one_caller_who_asks_again_and_again_does_not_get_all_places() -> None:
+    admission = Admission()
+    now = busy(admission, 0.1)
+    for _ in range(1000):
+        refused(admission, now, 7)
+    assert admission.num_places == 16
+
+
+def test_who_comes_back_in_time_is_let_in_and_a_newcomer_is_not() -> None:
+    admission = Admission()
+    now = busy(admission, 2.0)
+    later = now + refused(admission, now, caller=5)
+    assert admission.ask(6, FULL - 1, 0.0, later) is not None  # the one free place is kept
+    assert admission.ask(5, FULL, 0.0, later) is None
+    assert admission.num_places == 1  # the newcomer's
+
+
+def test_a_place_is_kept_for_a_while_only() -> None:
+    admission = Admission()
+    now = busy(admission, 2.0)
+    later = now + refused(admission, now, caller=5) + GRACE_SECONDS + 0.1
+    assert admission.ask(6, FULL - 1, 0.0, later) is None
+    assert admission.num_places == 0
+
+
+def test_where_few_come_back_places_are_given_out_more_densely_and_keep_fewer_out() -> None:
+    admission = Admission()
+    now = busy(admission, 2.0)
+    for caller in range(1, 200):
+        now += refused(admission, now, caller) + GRACE_SECONDS + 0.1  # never seen again
+        admission.ask(0, 0, 0.0, now)
+    first, second = refused(admission, now, 1000), refused(admission, now, 1001)
+    assert second - first < 0.5
+    assert admission.ask(0, FULL - 2, 0.0, now + second) is None
+
+
+@pytest.mark.parametrize("share_back", [1.0, 0.3])
+def test_at_five_times_what_can_be_served_those_who_come_back_when_told_are_served(share_back: float) -> None:
+    """A queue with room for ten, one served a second, five new callers a second, some of whom come back when told."""
+    random, admission = Random(3), Admission(max_waiting=10)
+    waiting: list[float] = []
+    back: list[tuple[float, int]] = []
+    kept = broken = idle = 0
+    now, served_at, caller = 0.0, 0.0, 0
+    for tick in range(6000):
+        now = tick / 20
+        coming = [who for at, who in back if at <= now]
+        back = [each for each in back if each[0] > now]
+        if tick % 4 == 0:
+            caller += 1
+            coming.append(-caller)
+        for who in coming:
+            seconds = admission.ask(abs(who), len(waiting), len(waiting) * admission.seconds_between, now)
+            if who > 0 and now > 60.0:
+                kept, broken = kept + (seconds is None), broken + (seconds is not None)
+            if seconds is None:
+                waiting.append(now)
+            elif random.random() < share_back:
+                back.append((now + -(-seconds // 1), abs(who)))  # told in whole seconds
+        if now >= served_at + 1.0:
+            served_at = now
+            if waiting:
+                admission.served(waiting.pop(0), now)
+            else:
+                idle += now > 60.0
+    assert kept > 40
+    assert broken < 0.1 * kept
+    assert idle < 12  # of 240: kept places do not keep it from working
+
+
+def test_with_a_target_only_who_should_meet_it_is_let_in() -> None:
+    admission = Admission(ttft_seconds=2.0)
+    assert admission.ask(0, 0, 1.5, 0.0) is None
+    assert admission.ask(0, 3, 2.5, 0.0) is not None
+    assert admission.ask(0, 0, 0.0, 0.0) is None  # nobody else is there: never refused
+
+
+def test_estimates_that_were_too_short_make_it_careful() -> None:
+    admission = Admission(ttft_seconds=2.0)
+    for number in range(60):
+        admission.served(number, number + 1.6, foretold=0.8)
+    assert admission.ask(0, 1, 1.5, 100.0) is not None
+    assert admission.ask(0, 1, 0.5, 100.0) is None
 
 
 def test_the_expected_length_follows_the_texts() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
+from rich.console import Console
 
 from transload.deploy.load import build
 from transload.deploy.overrides import apply, parse_override
@@ -12,9 +15,10 @@ from transload.errors import DeploymentError
 from transload.hardware.afd.split_cost import SplitCost
 from transload.hardware.cost.shape import StepShape
 from transload.hardware.cost.worker import WorkerCost
-from transload.study.result import LinkResult, Result
+from transload.study.result import LinkResult, Result, decode_result, encode_result
 from transload.study.simulate import simulate
 from transload.study.simulated import plan_cluster
+from transload.study.simulated_table import show_simulated
 from transload.study.workload import Fixed, Poisson, Synthetic, synthetic
 
 FILE = """\
@@ -125,3 +129,93 @@ def test_bandwidth_in_the_file_is_a_workers_port() -> None:
     cluster = plan_cluster(deployment("links.1.bandwidth=10 GB/s", "pools.decode.parallel.tensor=2"))
     assert cluster.hops["decode"].bytes_per_second == 10e9
     assert cluster.hops["decode"].wire.attention_bytes_per_second == 5e9
+
+
+def disturbed(*changes: str, fault: str = "kill experts-0 at 1 s") -> Result:
+    workload = Synthetic(arrivals=Poisson(20.0), input=Fixed(500), output=Fixed(200), num_requests=40, seed=3)
+    return simulate(deployment(*changes), synthetic(workload), faults=[fault])
+
+
+def test_a_replica_takes_over_when_an_ffn_worker_is_killed() -> None:
+    result = disturbed("pools.experts.workers=2")
+    assert result.summary.num_successful == 40
+    assert result.num_recovered == 0
+    (loss,) = result.ffn_losses
+    assert (loss.worker, loss.at_seconds) == ("experts-0", 1.0)
+    assert loss.back_seconds > 1.2
+    assert loss.num_steps >= 1
+    assert loss.num_retries > 0
+    assert (loss.num_computed_here, loss.num_failed_steps) == (0, 0)
+    assert 0.0 < loss.longest_delay_seconds < 0.01
+
+
+def test_the_last_ffn_worker_gone_is_made_good_where_there_is_room_for_its_weights() -> None:
+    result = disturbed("pools.decode.memory=20 GiB")
+    assert result.summary.num_successful == 40
+    (loss,) = result.ffn_losses
+    assert loss.num_computed_here > 0
+    assert loss.num_failed_steps == 0
+    assert loss.longest_delay_seconds > 1.0  # the weights are loaded first
+
+
+def test_where_there_is_none_requests_start_over_and_the_reason_says_what_is_lacking() -> None:
+    result = disturbed()
+    (loss,) = result.ffn_losses
+    assert loss.num_failed_steps > 0
+    assert result.summary.num_successful < 40
+    assert any("lacks" in note and "pools.decode.memory" in note for note in result.notes)
+    assert result.summary.num_successful + result.summary.num_failed == 40
+
+
+def test_with_fallback_error_calls_wait_for_the_worker_or_for_their_deadline() -> None:
+    waited = disturbed("pools.decode.ffn.fallback=error")
+    (loss,) = waited.ffn_losses
+    assert waited.summary.num_successful == 40
+    assert loss.longest_delay_seconds == pytest.approx(loss.back_seconds - 1.0, abs=0.2)
+    failed = disturbed("pools.decode.ffn.fallback=error", "pools.decode.ffn.deadline=200 ms")
+    assert failed.ffn_losses[0].num_failed_steps > 0
+    assert any("no FFN worker has answered for 0.2 s" in note for note in failed.notes)
+
+
+def test_before_and_after_a_loss_steps_are_those_of_a_run_without_it() -> None:
+    """A worker that dies when nothing runs is not felt; the closed form and the played steps meet."""
+    quiet = disturbed("pools.experts.workers=2", fault="kill experts-1 at 1000 s")
+    whole = simulate(
+        deployment("pools.experts.workers=2"),
+        synthetic(Synthetic(arrivals=Poisson(20.0), input=Fixed(500), output=Fixed(200), num_requests=40, seed=3)),
+    )
+    assert quiet.summary == whole.summary
+    assert whole.ffn_losses == ()
+
+
+def test_an_ffn_worker_can_be_named_by_its_name_only_and_not_be_paused() -> None:
+    with pytest.raises(DeploymentError, match="no worker experts-3; did you mean"):
+        disturbed(fault="kill experts-3 at 1 s")
+    with pytest.raises(DeploymentError, match="can be killed, not paused"):
+        disturbed(fault="pause experts-0 at 1 s for 1 s")
+
+
+def test_a_result_says_how_both_sides_and_the_wire_spent_a_step(result: Result) -> None:
+    (split,) = result.splits
+    assert (split.attention, split.ffn, split.attention_workers, split.ffn_workers) == ("decode", "experts", 2, 1)
+    assert 0.0 < split.attention_busy < 1.0
+    assert 0.0 < split.ffn_busy < 1.0
+    assert split.attention_bubble == 1.0 - split.attention_busy
+    assert split.bytes_per_token == LAYERS * 3 * HIDDEN
+    assert split.crossing_bytes >= split.bytes_per_token
+    assert 0.0 <= split.exposed_hop_seconds < split.step_seconds
+    slow = run("links.1.latency=200us").splits[0]
+    assert slow.exposed_share > split.exposed_share
+    assert slow.waits_for == "latency"
+    assert decode_result(encode_result(result)) == result
+
+
+def test_the_table_shows_both_sides_and_what_was_felt_of_a_loss() -> None:
+    console = Console(width=160, record=True, file=io.StringIO())
+    show_simulated(disturbed("pools.experts.workers=2"), console)
+    text = console.export_text()
+    assert "decode with experts" in text
+    assert "A busy" in text
+    assert "hops exposed" in text
+    assert "experts-0, back at" in text
+    assert "calls asked of others" in text

@@ -14,6 +14,7 @@ from typing import Any
 
 from transload.control.admission import Admission
 from transload.control.controller_config import ControllerConfig as ControllerConfig
+from transload.control.forecast import first_token_seconds
 from transload.control.messages import (
     Arrived,
     Assignment,
@@ -68,8 +69,8 @@ class Controller:
         self.views: dict[WorkerId, WorkerView] = {}  # alive
         self.links: dict[tuple[WorkerId, WorkerId], LinkRate] = {}
         self.ended: OrderedDict[RequestId, Tracked] = OrderedDict()  # the last `keep_ended`, for whoever asks
-        self._router = Router(config.policy, config.local_prefill)
-        self._admission = Admission()
+        self._router = Router(config.policy, config.local_prefill, config.tpot_seconds)
+        self._admission = Admission(config.max_waiting, config.ttft_seconds)
         self._queue: deque[Tracked] = deque()
         self._losses: dict[WorkerId, tuple[int, float]] = {}  # in a row, and when the last one was
         self._out: list[ControllerCommand] = []
@@ -109,19 +110,31 @@ class Controller:
 
     def _arrive(self, event: Arrived, now: float) -> None:
         request = event.request
-        if len(self._queue) >= self.config.max_waiting:
-            retry_after_seconds = self._admission.retry_after(now)
-            message = f"{len(self._queue)} requests are waiting already; try again in {retry_after_seconds:.0f} s"
-            self._out.append(Reject(request.id, message, retry_after_seconds))
-            return
         problem = self._router.why_never(request, list(self.views.values()))
         if problem is not None:
             self._out.append(Reject(request.id, problem))
             return
+        foretold = self._first_token_seconds(request)
+        retry_after_seconds = self._admission.ask(request.caller, len(self._queue), foretold, now)
+        if retry_after_seconds is not None:
+            message = f"{len(self._queue)} requests are waiting already; try again in {retry_after_seconds:.0f} s"
+            self._out.append(Reject(request.id, message, retry_after_seconds))
+            return
         tracked = Tracked(request, now)
+        tracked.foretold_seconds = foretold
         self.requests[request.id] = tracked
         self._queue.append(tracked)
         self._out.append(SetTimer(f"deadline/{request.id}", request.deadline_seconds))
+
+    def _first_token_seconds(self, request: Request) -> float:
+        """As far as can be told now. Without a target the number of those who wait is enough."""
+        if self.config.ttft_seconds is None:
+            return len(self._queue) * self._admission.seconds_between
+        if not self.requests:
+            return 0.0
+        queued = [tracked.num_known for tracked in self._queue]
+        between = self._admission.seconds_between
+        return first_token_seconds(request.num_prompt_tokens, queued, self.views.values(), between)
 
     def _dispatch(self, now: float) -> None:
         """Send off those who wait, first come first served, as long as a worker has room."""
@@ -142,7 +155,6 @@ class Controller:
             if decision is None:
                 return
             self._queue.popleft()
-            self._admission.dispatched(tracked.stages[-1].start, now)
             self._assign(tracked, decision, now)
 
     def _assign(self, tracked: Tracked, decision: Decision, now: float) -> None:
@@ -267,6 +279,7 @@ class Controller:
                 self._prefilled(tracked, worker, now)
             if tracked.first_token_at is None:
                 tracked.first_token_at = now
+                self._admission.served(tracked.arrived_at, now, tracked.foretold_seconds)
             self._out.append(Stream(ready))
             if ready.finish is not None:
                 self._finish(tracked, ready.finish, now, ended_by_worker=tracked.phase == "decoding")

@@ -215,8 +215,12 @@ class FfnClient:
         chosen: dict[WorkerId, list[Piece]] = {}
         load: dict[WorkerId, int] = {}
         homeless: list[Piece] = []
-        for piece in sorted(call.unsent):
-            owners = [o for o in self._owners.values() if piece in o.pieces and o.name not in call.refused_by]
+        able = [owner for owner in self._owners.values() if owner.name not in call.refused_by]
+        owners_of = {piece: [owner for owner in able if piece in owner.pieces] for piece in sorted(call.unsent)}
+        # Those without a choice first, then the largest: what is dealt out last evens out best.
+        in_turn = sorted(owners_of, key=lambda piece: (len(owners_of[piece]) > 1, -call.missing[piece], piece))
+        for piece in in_turn:
+            owners = owners_of[piece]
             if not owners:
                 homeless.append(piece)
                 continue
@@ -224,8 +228,8 @@ class FfnClient:
             if owner is not None:
                 chosen.setdefault(owner.name, []).append(piece)
                 load[owner.name] = load.get(owner.name, 0) + call.missing[piece]
-        for name, pieces in chosen.items():
-            self._send(call, self._owners[name], pieces)
+        for name, pieces in sorted(chosen.items(), key=lambda entry: min(entry[1])):
+            self._send(call, self._owners[name], sorted(pieces))
         if homeless:
             self._no_owner(call, homeless)
 

@@ -192,13 +192,17 @@ class FfnServer:
     # -- batches ------------------------------------------------------------------------------------------------------
 
     def _start(self, now: float) -> None:
-        """Start the oldest batch that need not wait any longer."""
-        layers = dict.fromkeys(waiting.request.key.layer for waiting in self._waiting.values())
-        for layer in layers:
-            group = [waiting for waiting in self._waiting.values() if waiting.request.key.layer == layer]
-            if self._is_ripe(group, now):
-                self._run(layer, group)
-                return
+        """Start the oldest batch that need not wait any longer, with all others of its layer that need not either.
+
+        Each micro-batch is waited for by itself: one that waited for another of the same worker's would come back with
+        it, and never again be away while the other is at attention."""
+        groups: dict[tuple[int, int], list[_Waiting]] = {}
+        for waiting in self._waiting.values():
+            groups.setdefault((waiting.request.key.layer, waiting.request.key.micro_batch), []).append(waiting)
+        ripe = {key: group for key, group in groups.items() if self._is_ripe(group, now)}
+        if ripe:
+            layer, _ = next(iter(ripe))
+            self._run(layer, [waiting for key, group in ripe.items() if key[0] == layer for waiting in group])
 
     def _is_ripe(self, group: list[_Waiting], now: float) -> bool:
         if now >= group[0].arrived_at + self.config.max_wait_seconds:  # as `due_at` says it, to the bit
@@ -218,7 +222,8 @@ class FfnServer:
             num_rows += waiting.num_rows
         lanes = frozenset((w.request.key.session, w.request.key.micro_batch) for w in taken)
         for lane in lanes:
-            self._companions[lane] = frozenset(other for other in lanes if other[0] != lane[0])
+            # Of the same micro-batch only: waiting for others as well would end the ping-pong for good.
+            self._companions[lane] = frozenset(o for o in lanes if o[0] != lane[0] and o[1] == lane[1])
         for waiting in taken:
             del self._waiting[waiting.request.key]
         self.num_batches += 1

@@ -67,6 +67,7 @@ class Request(Message, frozen=True):
     prompt: tuple[int, ...] = ()
     block_keys: tuple[bytes, ...] = ()  # one per full block of the prompt; empty: no prefix cache
     deadline_seconds: float = 600.0  # from arrival; every request ends by then
+    caller: int = 0  # who asks for what, as a number: a place is kept under it when it is refused; 0: nobody
 
 
 class TokenLogprobs(Message, frozen=True):

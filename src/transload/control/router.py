@@ -42,8 +42,9 @@ def expected_tokens(request: Request, num_known: int, expected_outputs: float) -
 class Router:
     """Chooses workers. Holds nothing but the turn of `round_robin`."""
 
-    def __init__(self, policy: Policy, local_prefill: LocalPrefill) -> None:
+    def __init__(self, policy: Policy, local_prefill: LocalPrefill, tpot_seconds: float | None = None) -> None:
         self._policy = policy
+        self._tpot_seconds = tpot_seconds
         self._local_prefill = local_prefill
         self._turn = 0
 
@@ -75,7 +76,7 @@ class Router:
         prefill_pool = [view for view in views if view.role == "prefill"]
         decode_pool = self._able_to_decode(request, views)
         num_tokens = expected_tokens(request, num_known, expected_outputs)
-        candidates = [view for view in decode_pool if view.has_room(num_tokens)]
+        candidates = [view for view in decode_pool if view.has_room(num_tokens) and view.keeps_pace(self._tpot_seconds)]
         if not candidates:
             return None
         decode = self._pick_decode(request, num_known, expected_outputs, candidates)

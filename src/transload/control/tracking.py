@@ -30,6 +30,7 @@ class Tracked:
         "ended_at",
         "epoch",
         "first_token_at",
+        "foretold_seconds",
         "handed_over",
         "is_taken_up",
         "num_attempts",
@@ -55,6 +56,7 @@ class Tracked:
         self.outputs: list[int] = []
         self.pending: dict[int, Token] = {}  # tokens that overtook an earlier one
         self.first_token_at: float | None = None
+        self.foretold_seconds: float | None = None  # from arrival to first token, as it was estimated then
         self.decode: WorkerId | None = None
         self.prefill: WorkerId | None = None
         self.handed_over = False  # in this epoch: the KV cache is verified at the decode worker

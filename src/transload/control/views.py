@@ -53,6 +53,12 @@ class WorkerView:
         blocks = -(-num_tokens // self.block_size)
         return len(self.committed_blocks) < self.max_batch and self._committed + blocks <= self.num_blocks
 
+    def keeps_pace(self, tpot_seconds: float | None) -> bool:
+        """Whether one request more would leave it within so much a token."""
+        if tpot_seconds is None or not self.committed_blocks:
+            return True
+        return self.decode_rate.seconds(len(self.committed_blocks) + 1) <= tpot_seconds
+
     def num_cached_tokens(self, keys: Sequence[bytes]) -> int:
         """Tokens of a prompt with these keys whose KV is believed to be here."""
         count = 0

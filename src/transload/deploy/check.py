@@ -26,6 +26,9 @@ def check(deployment: Deployment, place: Place) -> None:
     _check_blocks(deployment, place)
     _check_links(deployment, place)
     _check_hardware(deployment, place)
+    if deployment.server.admission == "targets" and deployment.targets.ttft_seconds is None:
+        problem = "there is no target to keep; set targets.ttft, or leave it at queue"
+        raise refusal(place("server.admission"), "server.admission", problem, value='"targets"')
     for index, pool in enumerate(deployment.pools):
         if isinstance(pool.cores, tuple) and len(set(pool.cores)) != len(pool.cores):
             path = f"pools[{index}].cores"

@@ -191,6 +191,10 @@ class Server(Part, frozen=True, kw_only=True):
     """If any: every call must carry one (Authorization: Bearer ...)."""
     max_waiting: Annotated[int, Meta(ge=1, le=2**20)] = 256
     """Requests that may wait for a worker; beyond it callers get 429."""
+    admission: Literal["queue", "targets"] = "queue"
+    """queue: whoever finds a place in the queue is let in. targets: only who should have its first token within
+    targets.ttft, and no more decode at once than targets.tpot allows; the others get 429 and a time at which a place is
+    kept for them."""
     request_timeout_seconds: Seconds = msgspec.field(default=600.0, name="request_timeout")
     """Every request ends by then, in an error if need be."""
     max_body_bytes: Bytes = msgspec.field(default=8 * 2**20, name="max_body")

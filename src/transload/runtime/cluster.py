@@ -140,7 +140,7 @@ class LiveWorker:
         """Blocks from here on are in no window yet."""
         self.permissions: dict[tuple[TransferId, int], ExpectKv] = {}
         self.step: RunStep | None = None
-        self.step_began = 0.0
+        self.step_began = self.step_ends = 0.0
         self.step_version = 0
         """Goes up when the end of its step is known anew: an end that was foretold before does not count."""
         self.run: DecodeRun | None = None

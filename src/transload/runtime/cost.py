@@ -29,6 +29,23 @@ class CostModel(Protocol):
     def start_seconds(self, worker: WorkerId, /) -> float: ...
 
 
+class FfnSide(Protocol):
+    """Workers that compute feed-forwards for others. They hold no request, so all that is felt of them is how long a
+    step of those others takes, and whether it ends well."""
+
+    def serves(self, worker: WorkerId, /) -> bool:
+        """Whether this worker's feed-forwards are computed there."""
+        ...
+
+    def kill(self, worker: WorkerId, now: float, /) -> Sequence[WorkerId]:
+        """One of them dies. Whose steps under way are to be asked for again."""
+        ...
+
+    def step(self, worker: WorkerId, chunks: Sequence[Chunk], began: float, /) -> tuple[float, str | None]:
+        """Seconds of a step that began then, as far as is known by now, and why it fails, if it does."""
+        ...
+
+
 class LinearCost(msgspec.Struct, frozen=True, kw_only=True):
     """A chip in four numbers: a step costs a fixed time, so much a token, and so much a token of context read."""
 

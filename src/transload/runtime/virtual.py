@@ -59,7 +59,7 @@ from transload.runtime.cluster import (
     faithful,
     never_fails,
 )
-from transload.runtime.cost import CostModel
+from transload.runtime.cost import CostModel, FfnSide
 from transload.runtime.decode_run import on_tick
 from transload.runtime.flight import Flight, StepTimes
 from transload.runtime.shared_machine import MachineModel
@@ -89,11 +89,12 @@ class VirtualRuntime:
         contents: KvContents | None = None,
         observe: Callable[[float, WorkerId, Message], None] | None = None,
         watcher: Watcher | None = None,
+        ffn: FfnSide | None = None,
         jumps: bool = True,
         machine: MachineModel | None = None,
     ) -> None:
-        """`draw_token` None: all tokens are 0. `jumps` False: step by step, for comparison. `machine`: the one that
-        all workers share, if they do."""
+        """`draw_token` None: all tokens are 0. `ffn`: workers that compute feed-forwards for others, and can be killed.
+        `jumps` False: step by step, for comparison. `machine`: the one that all workers share, if they do."""
         self.now = 0.0
         self.controller = Controller(controller)
         self.workers: dict[WorkerId, LiveWorker] = {}
@@ -105,13 +106,14 @@ class VirtualRuntime:
         self._contents = contents
         self._observe = observe
         self._watcher = watcher
+        self._ffn = ffn
         self._heap: list[tuple[float, int, int, Callable[..., None], tuple[Any, ...]]] = []
         self._order = count()
         self._timers: dict[tuple[WorkerId, str], int] = {}
         self._last_message: dict[int, float] = {}
         self._incarnations = dict.fromkeys(self._specs, 0)
         steps_fault = None if step_fault is never_fails else step_fault
-        self._steps = VirtualSteps(self, cost, draw_token, steps_fault, contents, watcher, machine, jumps=jumps)
+        self._steps = VirtualSteps(self, cost, draw_token, steps_fault, contents, watcher, ffn, machine, jumps=jumps)
         self._links = VirtualLinks(self, cost, None if frame_fault is faithful else frame_fault, contents, watcher)
         self._obey_worker: dict[type, Callable[[LiveWorker, Any], None]] = {
             RunStep: self._steps.start,
@@ -407,6 +409,9 @@ class VirtualRuntime:
     def _kill_worker(self, name: WorkerId) -> None:
         worker = self.workers.get(name)
         if worker is None:
+            for other in self._ffn.kill(name, self.now) if self._ffn is not None else ():
+                if (caller := self.workers.get(other)) is not None:
+                    self._steps.look_again(caller)
             return
         self._settle(worker)
         del self.workers[name]

@@ -23,7 +23,7 @@ from transload.control.messages import (
     WorkerId,
 )
 from transload.runtime.cluster import KvContents, LiveWorker, StepFault, Watcher
-from transload.runtime.cost import CostModel
+from transload.runtime.cost import CostModel, FfnSide
 from transload.runtime.decode_run import DecodeRun, on_tick
 from transload.runtime.flight import Segment
 from transload.runtime.shared_machine import Job, MachineModel, Milestone, SharedMachine
@@ -45,6 +45,7 @@ class VirtualSteps:
         step_fault: StepFault | None,
         contents: KvContents | None,
         watcher: Watcher | None,
+        ffn: FfnSide | None,
         machine: MachineModel | None,
         *,
         jumps: bool,
@@ -55,6 +56,7 @@ class VirtualSteps:
         self._step_fault = step_fault
         self._contents = contents
         self._watcher = watcher
+        self._ffn = ffn
         self.jumps = jumps and step_fault is None and contents is None and machine is None
         self._machine: SharedMachine | None = None
         if machine is not None:
@@ -71,12 +73,17 @@ class VirtualSteps:
             self._share_machine(self._machine, worker, step)
             return
         run = worker.run = self._run_of(worker, step, now)
+        problem = None
         if run is not None:
             run.num_planned = run.num_done + (step.repeats if self.jumps else 1)
             end = run.end(run.num_planned)
+        elif self._ffn is not None and self._ffn.serves(name):
+            seconds, problem = self._ffn.step(name, step.chunks, now)
+            end = on_tick(now + seconds)
         else:
             end = on_tick(now + self._cost.step_seconds(name, step.chunks))
-        problem = self._step_fault(name, step) if self._step_fault is not None else None
+        if self._step_fault is not None:
+            problem = problem or self._step_fault(name, step)
         if self._contents is not None:
             self._contents.step_started(name, step, fails=problem is not None)
         if run is None and any(chunk.streams for chunk in step.chunks):
@@ -143,7 +150,15 @@ class VirtualSteps:
 
     def _foretell_end(self, worker: LiveWorker, at: float, problem: str | None = None) -> None:
         worker.step_version += 1
+        worker.step_ends = at
         self._runtime.at_step_end(at, worker, self._end, worker, worker.step_version, problem)
+
+    def look_again(self, worker: LiveWorker) -> None:
+        """An FFN worker has died: the step under way ends at another time, or fails."""
+        if worker.step is None or worker.step_ends <= self._runtime.now or self._ffn is None:
+            return
+        seconds, problem = self._ffn.step(worker.name, worker.step.chunks, worker.step_began)
+        self._foretell_end(worker, on_tick(worker.step_began + seconds), problem)
 
     # -- end ----------------------------------------------------------------------------------------------------------
 

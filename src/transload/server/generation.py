@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 import msgspec
+import xxhash
 
 from transload.control.messages import Request, RequestId
 from transload.deploy.spec import Server
@@ -114,7 +115,8 @@ class Generation:
         arrived = time.monotonic()
         route = scope["path"]
         try:
-            body = parse_body(await self._bodies.read(scope, receive), kind)
+            raw = await self._bodies.read(scope, receive)
+            body = parse_body(raw, kind)
             check_model(self._backend, body.model)
             parameters = check_parameters(body, self._prompts.vocab_size, self._eos_ids)
             prompts = await make_prompts(body, parameters)
@@ -122,7 +124,7 @@ class Generation:
         except RequestError as error:
             self._metrics.call_rejected(route, error.code)
             raise
-        requests = self._requests(prompts, parameters)
+        requests = self._requests(prompts, parameters, caller_of(scope, raw))
         choices = [
             Choice(
                 index,
@@ -155,7 +157,7 @@ class Generation:
             self.open_calls.discard(call)
             self._metrics.calls_open.set(len(self.open_calls))
 
-    def _requests(self, prompts: Sequence[PromptTokens], parameters: Parameters) -> list[Request]:
+    def _requests(self, prompts: Sequence[PromptTokens], parameters: Parameters, caller: int) -> list[Request]:
         """One control-plane request per choice. The n choices of a prompt differ in their seeds alone."""
         base = parameters.seed
         if base is None:
@@ -172,6 +174,7 @@ class Generation:
                 prompt=prompt.tokens,
                 block_keys=prompt.keys,
                 deadline_seconds=self._server.request_timeout_seconds,
+                caller=caller,
             )
             for prompt in prompts
             for sampling in sampled
@@ -186,6 +189,15 @@ class Generation:
                 param="n" if num_choices > 1 else "prompt",
                 code="too_many_choices",
             )
+
+
+def caller_of(scope: Scope, body: bytes) -> int:
+    """A number for who asks what: a client that is refused and comes back sends the same bytes with the same key from
+    the same address. Never 0."""
+    digest = xxhash.xxh3_64(body)
+    digest.update(repr((scope.get("client") or ("",))[0]).encode())
+    digest.update(next((value for name, value in scope["headers"] if name == b"authorization"), b""))
+    return (digest.intdigest() >> 1) | 1
 
 
 def check_model(backend: Backend, name: str | None) -> None:

@@ -22,7 +22,7 @@ from transload.deploy.check import check_can_be_served
 from transload.deploy.machine import read_machine
 from transload.deploy.placement import place
 from transload.deploy.plan import Placement
-from transload.deploy.spec import Deployment
+from transload.deploy.spec import Deployment, Targets
 from transload.errors import MachineError
 from transload.model.source import ModelFiles, locate
 from transload.model.tokenizer import ModelTokenizer, load_tokenizer
@@ -209,11 +209,14 @@ class _Serving:
 
 def controller_config(deployment: Deployment) -> ControllerConfig:
     """What the deployment says to the controller."""
+    targets = deployment.targets if deployment.server.admission == "targets" else Targets()
     return ControllerConfig(
         policy=deployment.router.policy,
         local_prefill=deployment.router.local_prefill,
         max_attempts=deployment.router.max_attempts,
         max_waiting=deployment.server.max_waiting,
+        ttft_seconds=targets.ttft_seconds,
+        tpot_seconds=targets.tpot_seconds,
     )
 
 

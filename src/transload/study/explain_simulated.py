@@ -165,6 +165,7 @@ def _token_seconds(deployment: Deployment, fleet: Fleet, pool: Pool, cost: Worke
         ffn_parallel=other.parallel,
         precision=fleet.precision,
         split=pool.ffn.split,
+        parts=other.workers,
     )
     pipeline = split.pipeline(1, PROMPT_TOKENS, ffn_workers=other.workers, micro_batches=1)
     return step_seconds(pipeline)

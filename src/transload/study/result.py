@@ -90,6 +90,59 @@ class LinkResult(msgspec.Struct, frozen=True, kw_only=True):
     series: tuple[LinkSample, ...] = ()
 
 
+class SplitResult(msgspec.Struct, frozen=True, kw_only=True):
+    """An attention pool whose feed-forwards another pool computes: how a mean step of its was spent. Shares are of the
+    step; what is left of a side's busy share are its bubbles."""
+
+    attention: str
+    ffn: str
+    micro_batches: int
+    attention_workers: int
+    ffn_workers: int
+    step_seconds: float
+    attention_busy: float
+    ffn_busy: float
+    exposed_hop_seconds: float
+    """By which the step would be shorter if bytes crossed in no time."""
+    crossing_bytes: float
+    """Out and home, of one attention worker in one step."""
+    bytes_per_token: float
+    """Out and home, in all layers."""
+    waits_for: str
+    """What the step is bound by: attention, ffn, out or back (bytes on the way), or latency."""
+
+    @property
+    def attention_bubble(self) -> float:
+        return 1.0 - self.attention_busy
+
+    @property
+    def ffn_bubble(self) -> float:
+        return 1.0 - self.ffn_busy
+
+    @property
+    def exposed_share(self) -> float:
+        return self.exposed_hop_seconds / self.step_seconds if self.step_seconds else 0.0
+
+
+class FfnLoss(msgspec.Struct, frozen=True, kw_only=True):
+    """A death of a worker that computes feed-forwards, and what its attention workers' steps felt of it."""
+
+    worker: str
+    at_seconds: float
+    back_seconds: float
+    """When it can be called again."""
+    num_steps: int
+    """Under way when it died, or done while nobody had its part."""
+    longest_delay_seconds: float
+    """Most that one of them took longer than it would have."""
+    num_retries: int
+    """Calls that another FFN worker was asked for."""
+    num_computed_here: int
+    """Calls that attention workers computed themselves."""
+    num_failed_steps: int
+    """After each its requests are started anew, or end in an error."""
+
+
 class Step(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """One step, or a run of steps of the same requests."""
 
@@ -159,6 +212,9 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """Requests that were started anew at least once."""
     pools: tuple[PoolResult, ...]
     links: tuple[LinkResult, ...] = ()
+    splits: tuple[SplitResult, ...] = ()
+    """Of pools whose feed-forwards are computed elsewhere."""
+    ffn_losses: tuple[FfnLoss, ...] = ()
     requests: tuple[RequestRecord, ...] | None = None
     """Only if asked for: it grows with the trace."""
     waterfalls: tuple[Waterfall, ...] = ()

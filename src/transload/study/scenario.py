@@ -11,6 +11,7 @@ from transload.control.messages import WorkerId
 from transload.errors import DeploymentError
 from transload.hardware.nearest import did_you_mean
 from transload.runtime.virtual import VirtualRuntime
+from transload.study.ffn_workers import ffn_worker_names
 from transload.study.simulated import SimulatedCluster
 from transload.units import parse_seconds
 
@@ -24,7 +25,7 @@ _LINK = re.compile(r"link ([^\s:]+):([^\s:]+) at ([0-9.]+) ?% from (.+) to (.+)"
 
 
 class Kill(msgspec.Struct, frozen=True):
-    """A worker dies, and is started again as the controller decides."""
+    """A worker dies, and is started again as the controller decides; one of role ffn as the front end does."""
 
     worker: str
     at_seconds: float
@@ -54,7 +55,7 @@ def parse_fault(text: str, cluster: SimulatedCluster) -> Disturbance:
     """Raises `DeploymentError` for words that mean nothing, and for workers and pools that are not there."""
     words = " ".join(text.split())
     if (match := _KILL.fullmatch(words)) is not None:
-        return Kill(_worker(match[1], text, cluster), _time(match[2], text))
+        return Kill(_worker(match[1], text, cluster, may_be_ffn=True), _time(match[2], text))
     if (match := _PAUSE.fullmatch(words)) is not None:
         return Pause(_worker(match[1], text, cluster), _time(match[2], text), _time(match[3], text))
     if (match := _LINK.fullmatch(words)) is None:
@@ -88,8 +89,12 @@ def apply_faults(runtime: VirtualRuntime, faults: Iterable[Disturbance]) -> None
                     runtime.scale_link(end, source, target, 1.0)
 
 
-def _worker(name: str, text: str, cluster: SimulatedCluster) -> str:
-    known = [worker for pool in cluster.pools for worker in pool.worker_names]
+def _worker(name: str, text: str, cluster: SimulatedCluster, *, may_be_ffn: bool = False) -> str:
+    known: list[str] = [worker for pool in cluster.pools for worker in pool.worker_names]
+    ffn = ffn_worker_names([pool.spec for pool in cluster.ffn_pools])
+    if name in ffn and not may_be_ffn:
+        raise DeploymentError(f"--fault {text}: {name} computes feed-forwards; such a worker can be killed, not paused")
+    known += ffn
     if name not in known:
         shown = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
         raise DeploymentError(f"--fault {text}: no worker {name}{did_you_mean(name, known)}; there are: {shown}")

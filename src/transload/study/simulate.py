@@ -19,12 +19,13 @@ from transload.control.controller import ControllerConfig
 from transload.control.engine import EngineConfig
 from transload.control.messages import Request, RequestId, WorkerId
 from transload.deploy.load import load
-from transload.deploy.spec import Deployment
+from transload.deploy.spec import Deployment, Targets
 from transload.errors import DeploymentError
 from transload.runtime.cluster import VirtualWorker
 from transload.runtime.cost import CostModel
 from transload.runtime.shared_machine import MachineModel
 from transload.runtime.virtual import VirtualRuntime
+from transload.study.ffn_workers import FfnWorkers
 from transload.study.recorder import Recorder
 from transload.study.result import Result
 from transload.study.scenario import apply_faults, parse_fault
@@ -99,7 +100,8 @@ def simulate(
         was_interrupted=was_interrupted,
         faults=tuple(faults),
     )
-    return sum_up(cluster, simulation.recorder, facts)
+    losses = simulation.ffn.losses if simulation.ffn is not None else ()
+    return sum_up(cluster, simulation.recorder, facts, losses)
 
 
 FrontEnd = Callable[[int, int], float]
@@ -144,12 +146,16 @@ class Simulation:
             with_records=with_records,
             with_steps=with_steps,
         )
+        kept = deployment.targets if deployment.server.admission == "targets" else Targets()
+        self.ffn = FfnWorkers(cluster, cost.message_seconds()) if cluster.ffn_pools else None
         self.runtime = VirtualRuntime(
             ControllerConfig(
                 policy=deployment.router.policy,
                 local_prefill=deployment.router.local_prefill,
                 max_attempts=deployment.router.max_attempts,
                 max_waiting=deployment.server.max_waiting,
+                ttft_seconds=kept.ttft_seconds,
+                tpot_seconds=kept.tpot_seconds,
                 keep_ended=KEEP_ENDED,
             ),
             virtual_workers(cluster, seed, jumps=jumps),
@@ -157,6 +163,7 @@ class Simulation:
             self.recorder,
             watcher=self.recorder,
             observe=None if timeline is None else timeline.observe,
+            ffn=self.ffn,
             jumps=jumps,
             machine=machine,
         )

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from transload.study.result import Interval, Result
+from transload.study.result import FfnLoss, Interval, Result
 from transload.study.summary_table import show_summary
 from transload.units import format_bytes, format_rate, format_seconds
 
@@ -28,6 +28,8 @@ def show_simulated(result: Result, console: Console) -> None:
     console.print(_pools(result))
     if result.links:
         console.print(_links(result))
+    if result.splits:
+        console.print(_splits(result))
     for name, text in _facts(result):
         console.print(f"[bold]{name:<12}[/]{escape(text)}", soft_wrap=True)
     for text in result.assumptions:
@@ -36,6 +38,8 @@ def show_simulated(result: Result, console: Console) -> None:
         console.print(f"[yellow]note        [/]{escape(text)}", soft_wrap=True)
     for fault in result.faults:
         console.print(f"[red]fault       [/]{escape(fault.text)}", soft_wrap=True)
+    for loss in result.ffn_losses:
+        console.print(f"[red]felt        [/]{escape(_felt(loss))}", soft_wrap=True)
 
 
 def _pools(result: Result) -> Table:
@@ -78,6 +82,39 @@ def _links(result: Result) -> Table:
             format_seconds(link.exposed_seconds / count),
         )
     return table
+
+
+def _splits(result: Result) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("attention and FFN")
+    for name in ("A:F", "micro-batches", "mean step", "A busy", "F busy", "crosses a step", "a token", "hops exposed",
+                 "waits for"):  # fmt: skip
+        table.add_column(name, justify="right")
+    for split in result.splits:
+        table.add_row(
+            f"{escape(split.attention)} with {escape(split.ffn)}",
+            f"{split.attention_workers}:{split.ffn_workers}",
+            str(split.micro_batches),
+            format_seconds(split.step_seconds),
+            f"{split.attention_busy:.1%}",
+            f"{split.ffn_busy:.1%}",
+            format_bytes(split.crossing_bytes),
+            format_bytes(split.bytes_per_token),
+            f"{format_seconds(split.exposed_hop_seconds)} ({split.exposed_share:.0%})",
+            split.waits_for,
+        )
+    return table
+
+
+def _felt(loss: FfnLoss) -> str:
+    parts = [f"{loss.num_steps} steps, the longest by {format_seconds(loss.longest_delay_seconds)}"]
+    if loss.num_retries:
+        parts.append(f"{loss.num_retries} calls asked of others")
+    if loss.num_computed_here:
+        parts.append(f"{loss.num_computed_here} calls computed by attention workers")
+    if loss.num_failed_steps:
+        parts.append(f"{loss.num_failed_steps} steps failed")
+    return f"{loss.worker}, back at {loss.back_seconds:.2f} s: {', '.join(parts)}"
 
 
 def _facts(result: Result) -> list[tuple[str, str]]:

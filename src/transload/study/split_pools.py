@@ -53,6 +53,7 @@ def split_cost(
             ffn_parallel=ffn.parallel,
             precision=precision,
             split=pool.ffn.split,
+            parts=ffn.workers,
         )
         worker.pipeline(1, 1, ffn_workers=ffn.workers)  # refuses what cannot be dealt out to so many workers
     except DeploymentError as error:
@@ -148,6 +149,10 @@ class SplitUse(msgspec.Struct, frozen=True, kw_only=True):
     """By which its steps are longer than if bytes crossed in no time; sum over its workers."""
     message_seconds: float
     """Sum over messages: ports and latency."""
+    report: StepReport | None = None
+    """Of its mean step; None: it had none."""
+    crossing_bytes: float = 0.0
+    """Of its mean step."""
 
 
 def split_use(
@@ -184,6 +189,8 @@ def split_use(
         ffn_busy_seconds=said.ffn_busy * said.step_seconds * num_steps * share,
         exposed_seconds=said.exposed_hop_seconds * num_steps,
         message_seconds=messages * cost.worker.wire.latency_seconds + num_bytes / rate,
+        report=said,
+        crossing_bytes=num_bytes / num_steps,
     )
 
 

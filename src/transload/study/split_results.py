@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from transload.errors import DeploymentError
 from transload.hardware.afd.split_cost import SplitCost
-from transload.study.result import LinkResult, PoolResult
+from transload.study.result import LinkResult, PoolResult, SplitResult
 from transload.study.simulated import FfnPool, SimulatedCluster
 from transload.study.split_pools import SplitUse, ffn_energy_joules, ffn_usd, split_use
 
@@ -66,6 +66,28 @@ def ffn_result(
         peak_kv_share=0.0,
         energy_joules=known(lambda: ffn_energy_joules(pool.spec, pool.chip, duration, busy_share)),
         usd=known(lambda: ffn_usd(pool.spec, pool.chip, duration)),
+    )
+
+
+def split_result(cluster: SimulatedCluster, name: str, use: SplitUse) -> SplitResult:
+    """How the two sides of an attention pool's mean step and the wire between spent it."""
+    pool, said = cluster.pool(name), use.report
+    assert pool.spec.ffn is not None
+    assert isinstance(pool.cost, SplitCost)
+    assert said is not None
+    return SplitResult(
+        attention=name,
+        ffn=pool.spec.ffn.pool,
+        micro_batches=pool.cost.micro_batches,
+        attention_workers=pool.cost.attention_workers,
+        ffn_workers=pool.cost.ffn_workers,
+        step_seconds=said.step_seconds,
+        attention_busy=said.attention_busy,
+        ffn_busy=said.ffn_busy,
+        exposed_hop_seconds=said.exposed_hop_seconds,
+        crossing_bytes=use.crossing_bytes,
+        bytes_per_token=cluster.card.num_layers * pool.cost.worker.bytes_per_token_layer,
+        waits_for=said.bound,
     )
 
 

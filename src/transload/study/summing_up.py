@@ -20,6 +20,7 @@ from transload.study.recorder import LinkTally, PoolTally, Recorder
 from transload.study.result import (
     Cost,
     Fault,
+    FfnLoss,
     Interval,
     LinkResult,
     LinkSample,
@@ -28,7 +29,7 @@ from transload.study.result import (
     Result,
 )
 from transload.study.simulated import SimulatedCluster, SimulatedLink, SimulatedPool
-from transload.study.split_results import ffn_result, hop_result, split_uses
+from transload.study.split_results import ffn_result, hop_result, split_result, split_uses
 from transload.study.workload import Workload
 
 FELT_SHARE = 0.05
@@ -48,7 +49,9 @@ class RunFacts:
     faults: tuple[str, ...]
 
 
-def sum_up(cluster: SimulatedCluster, recorder: Recorder, facts: RunFacts) -> Result:
+def sum_up(
+    cluster: SimulatedCluster, recorder: Recorder, facts: RunFacts, ffn_losses: tuple[FfnLoss, ...] = ()
+) -> Result:
     """The result of a run."""
     targets = cluster.deployment.targets
     summary = summarize_recorder(recorder, targets)
@@ -84,6 +87,8 @@ def sum_up(cluster: SimulatedCluster, recorder: Recorder, facts: RunFacts) -> Re
         num_recovered=recorder.num_recovered,
         pools=(*pools, *ffn_pools),
         links=links,
+        splits=tuple(split_result(cluster, name, use) for name, use in uses.items() if use.report is not None),
+        ffn_losses=ffn_losses,
         requests=tuple(recorder.records) if recorder.records is not None else None,
         waterfalls=_chosen(recorder),
         steps=tuple(recorder.step_list) if recorder.step_list is not None else None,

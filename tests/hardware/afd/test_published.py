@@ -10,6 +10,7 @@ import pytest
 from transload.hardware.afd.published import (
     AscendAssumptions,
     Workload,
+    ascend_break_even,
     ascend_results,
     fastafd_from_catalog,
     published,
@@ -47,7 +48,8 @@ def test_the_claimed_speedup_changes_nothing() -> None:
         )
         for point in ascend.points
     )
-    assert ascend_results(msgspec.structs.replace(ascend, points=points)) == ascend_results(ascend)
+    other = ascend_results(msgspec.structs.replace(ascend, points=points))
+    assert [result.gains for result in other] == [result.gains for result in ascend_results(ascend)]
 
 
 def test_a_step_grows_with_the_ratio_where_it_was_measured_to() -> None:
@@ -65,33 +67,44 @@ def test_a_step_grows_with_the_ratio_where_it_was_measured_to() -> None:
 
 def test_more_attention_dies_to_sixteen_ffn_dies_are_better_on_ascend_whatever_is_assumed() -> None:
     ascend = published().ascend
-    for latency in (2e-6, 20e-6):
-        for share in (0.8, 0.95):
-            for reading in (0.65, 0.9):
-                assumed = AscendAssumptions(latency_seconds=latency, memory_share=share, ffn_memory_share=reading)
-                for result in ascend_results(ascend, assumed):
-                    assert result.gains[0] < result.gains[1]
-                    assert not result.gains[0] > 0 > result.gains[1]
+    for latency in (2e-6, 20e-6, 120e-6):
+        for reading in (0.65, 0.9):
+            for result in ascend_results(ascend, AscendAssumptions(latency_seconds=latency, ffn_memory_share=reading)):
+                assert result.gains[0] < result.gains[1]
 
 
-def test_at_16k_the_break_even_ratio_lies_at_the_two_published_ones() -> None:
-    """48A16F loses and 64A16F wins with the cost model's own curve, and where a die reads its experts at 65 % of the
-    bandwidth; whatever that share, the ratio from which a split pays is near 3:1 and 4:1."""
-    for assumed in (AscendAssumptions(), AscendAssumptions(ffn_memory_share=0.65)):
-        (result, _) = ascend_results(published().ascend, assumed)
+def test_on_ascend_three_of_the_four_signs_follow_from_what_was_published() -> None:
+    """Batches, experts a die and unsplit rates are the publication's, the rest the catalog's."""
+    at_16k, at_32k = ascend_results(published().ascend)
+    assert at_16k.gains[0] < 0 < at_16k.gains[1]
+    assert at_32k.gains[1] > 0
+    assert 2.5 < at_16k.break_even_ratio < 4.2
+    assert at_32k.gains[1] == pytest.approx(183.3 / 168.2 - 1, abs=0.03)
+
+
+def test_the_fourth_sign_follows_from_hops_of_between_110_and_135_us() -> None:
+    ascend = published().ascend
+    lose = [ascend_break_even(ascend, point, 0, "latency_seconds", 1e-2) for point in (0, 1)]
+    win = [ascend_break_even(ascend, point, 1, "latency_seconds", 1e-2) for point in (0, 1)]
+    assert lose[0] == 0.0
+    assert lose[1] is not None
+    assert all(value is not None and value > lose[1] for value in win)
+    assert 100e-6 < lose[1] < 135e-6
+    for result in ascend_results(ascend, AscendAssumptions(latency_seconds=120e-6)):
         assert result.gains[0] < 0 < result.gains[1]
-    for share in (0.65, 0.75, 0.85, 0.95):
-        (at_16k, _) = ascend_results(published().ascend, AscendAssumptions(ffn_memory_share=share))
-        assert 2.5 < at_16k.break_even_ratio < 4.2
 
 
-def test_at_32k_the_sign_hangs_on_how_fast_experts_are_read() -> None:
-    slow, fast = (
-        ascend_results(published().ascend, AscendAssumptions(ffn_memory_share=share))[1].gains for share in (0.65, 0.95)
-    )
-    assert slow[1] < -0.1
-    assert fast[1] > slow[1] + 0.15
-    assert fast[0] < 0.05
+def test_with_all_experts_of_a_die_read_both_ratios_would_lose_at_32k() -> None:
+    _, at_32k = ascend_results(published().ascend, AscendAssumptions(experts_per_die=16))
+    assert at_32k.gains[1] < -0.1
+
+
+def test_no_pipeline_makes_both_measured_steps() -> None:
+    """The same batch a die and fewer rows an FFN die, and yet the measured step is longer."""
+    for result in ascend_results(published().ascend):
+        fewer, more = result.splits
+        assert fewer.measured_step_seconds > 1.08 * more.measured_step_seconds
+        assert fewer.step_seconds <= more.step_seconds
 
 
 def test_the_stage_budget_of_step_3_holds_within_its_fill() -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
-from transload.hardware.afd.memory import attention_memory
 from transload.hardware.afd.pipeline import Hop, LayerTimes, Pipeline, step_seconds
 from transload.hardware.afd.stages import SplitWorker, Wire
 from transload.hardware.catalog import load_chip, load_model
@@ -20,7 +20,7 @@ from transload.hardware.cost.efficiency import Efficiency
 from transload.hardware.cost.shape import StepShape
 from transload.hardware.cost.worker import WorkerCost
 from transload.hardware.parallel import Parallel
-from transload.hardware.precision import DTYPE_BYTES, Precision, with_weights
+from transload.hardware.precision import Precision, with_weights
 
 US, MS = 1e-6, 1e-3
 NVLINK_LATENCY_SECONDS = 5e-6
@@ -80,6 +80,8 @@ class MeasuredSplit(Part, frozen=True, kw_only=True):
 
 class AscendPoint(Part, frozen=True, kw_only=True):
     context_tokens: int
+    batch_unsplit: int
+    batch_split: int
     unsplit: float
     splits: tuple[MeasuredSplit, ...]
 
@@ -90,6 +92,7 @@ class Ascend(Part, frozen=True, kw_only=True):
     chip: str
     micro_batches: int
     unsplit_dies: int
+    experts_per_die: int
     points: tuple[AscendPoint, ...]
 
 
@@ -226,156 +229,191 @@ class AscendAssumptions(msgspec.Struct, frozen=True, kw_only=True):
     """What the publication does not say. The defaults are the catalog's and the cost model's."""
 
     latency_seconds: float = 10e-6
-    indexer_bytes: int = 256
-    """Cached per token and layer beside the latent: one 128-wide indexer key in 16 bits."""
-    memory_share: float | None = None
-    """Of a die's memory, for weights and KV; None: the cost model's."""
+    call_seconds: float = 0.0
+    """That an attention die spends on sending a call and taking its result, beyond the cost model's layer."""
     ffn_memory_share: float | None = None
-    """Share of the memory bandwidth at which an FFN die reads its experts, at about 20 rows an expert far from where
-    arithmetic would limit; None: the cost model's curve, which was fitted on GPUs."""
+    """Share of the memory bandwidth at which an FFN die reads its experts, at a row count far from where arithmetic
+    would limit; None: the cost model's curve, which was fitted on GPUs."""
+    experts_per_die: int | None = None
+    """That an FFN die reads in a layer; None: as published."""
+
+
+class AscendSplit(msgspec.Struct, frozen=True, kw_only=True):
+    """One ratio at one context length."""
+
+    gain: float
+    """Over unsplit, tokens per second and die, less 1."""
+    step_seconds: float
+    measured_step_seconds: float
+    """Batch over the published rate of an attention die."""
+    break_even_step_seconds: float
+    """The longest step with which this ratio is as good as unsplit."""
 
 
 class AscendResult(msgspec.Struct, frozen=True, kw_only=True):
     """One context length."""
 
     context_tokens: int
-    batch_unsplit: int
-    batch_split: int
-    """Requests a die, as its memory holds them."""
+    unsplit_step_seconds: float
     row_seconds: float
-    """What one more request adds to an unsplit step: from its two published rates."""
-    gains: tuple[float, ...]
-    """Split over unsplit, tokens per second and die, less 1; one a published ratio."""
-    step_seconds: tuple[float, ...]
+    """What one more request adds to an unsplit step at equal context in all: from its two published rates."""
+    context_seconds: float
+    """Of an unsplit step, for the context it looks at: what the cost model's weights, experts and exchange leave."""
+    splits: tuple[AscendSplit, ...]
     break_even_ratio: float
     """Attention dies to FFN dies from which a split pays, at the step of the last ratio."""
 
+    @property
+    def gains(self) -> tuple[float, ...]:
+        return tuple(split.gain for split in self.splits)
+
 
 def ascend_results(ascend: Ascend, assumed: AscendAssumptions | None = None) -> list[AscendResult]:
-    """The published splits from the published unsplit rates, the bytes each die holds, and the catalog.
+    """The published splits from the published unsplit rates, the published batches, and the catalog.
 
-    Batches are what the memory holds, before and after the experts leave. An unsplit step is batch / rate. Its two
-    context lengths differ in the batch alone (twice the context, half the requests), so their difference is what a
-    request costs; attention's part of that is what is left when the FFN's and the exchange's growth are taken off.
-    Attention's weights, FFN calls, hops and bubbles are the cost model's.
+    An unsplit step is batch / rate. Its two context lengths have the same context in all (twice the context, half the
+    requests), so their difference is what a request costs; attention's part of it is what is left when the growth of
+    experts and exchange is taken off, and attention to the context what is left of a step when weights are as well.
+    Weights, FFN calls, hops and bubbles are the cost model's.
     """
-    assumed = assumed or AscendAssumptions()
-    model = _AscendModel(ascend, assumed)
-    unsplit = [model.batch_unsplit(point.context_tokens) for point in ascend.points]
-    steps = [batch / point.unsplit for batch, point in zip(unsplit, ascend.points, strict=True)]
-    row = (steps[0] - steps[-1]) / (unsplit[0] - unsplit[-1])
-    attention_row = max(0.0, row - model.exchange_row_seconds(unsplit[-1], unsplit[0]))
-    results = []
-    for point, before, step in zip(ascend.points, unsplit, steps, strict=True):
-        after = model.batch_split(point.context_tokens)
-        played = [model.split_step(after, attention_row, split) for split in point.splits]
-        gains = [
-            after / seconds * split.attention_workers / (split.attention_workers + split.ffn_workers) / point.unsplit
-            - 1
-            for split, seconds in zip(point.splits, played, strict=True)
-        ]
-        per_attention_die = after / played[-1] / (before / step)
-        results.append(
-            AscendResult(
-                context_tokens=point.context_tokens,
-                batch_unsplit=before,
-                batch_split=after,
-                row_seconds=row,
-                gains=tuple(gains),
-                step_seconds=tuple(played),
-                break_even_ratio=1 / (per_attention_die - 1) if per_attention_die > 1 else float("inf"),
-            )
-        )
-    return results
+    return _AscendModel(ascend, assumed or AscendAssumptions()).results()
+
+
+def ascend_break_even(
+    ascend: Ascend, point: int, split: int, name: Literal["latency_seconds", "call_seconds"], most: float
+) -> float | None:
+    """The value of an assumption from which a ratio at a context no longer pays; 0 if it does not even at 0, None if it
+    still does at `most`."""
+
+    def gain(value: float) -> float:
+        assumed = msgspec.structs.replace(AscendAssumptions(), **{name: value})
+        return ascend_results(ascend, assumed)[point].splits[split].gain
+
+    low, high = 0.0, most
+    if gain(low) <= 0.0:
+        return 0.0
+    if gain(high) > 0.0:
+        return None
+    for _ in range(24):
+        middle = (low + high) / 2
+        low, high = (middle, high) if gain(middle) > 0.0 else (low, middle)
+    return high
 
 
 class _AscendModel:
-    """The two deployments on the catalog's chip."""
+    """The deployments on the catalog's chip."""
 
     def __init__(self, ascend: Ascend, assumed: AscendAssumptions) -> None:
+        self.ascend, self.assumed = ascend, assumed
         self.card, self.chip = load_model(ascend.model), load_chip(ascend.chip)
         self.precision: Precision = with_weights(self.card.precision, "int8")
-        self.assumed, self.micro_batches = assumed, ascend.micro_batches
-        dies = ascend.unsplit_dies
-        self.unsplit = WorkerCost(self.chip, self.card, Parallel(data_attention=dies, expert=dies), self.precision)
-        self.dies = dies
-        self.splits: dict[int, SplitWorker] = {}
-        latent = self.card.num_layers * 576 * DTYPE_BYTES["bfloat16"]
-        self.kv_bytes = latent + self.card.num_layers * assumed.indexer_bytes
+        experts = self.card.experts
+        assert experts is not None
+        self.experts = experts
+        self.dies = ascend.unsplit_dies
+        whole = WorkerCost(self.chip, self.card, Parallel(data_attention=self.dies, expert=self.dies), self.precision)
+        self.efficiency = whole.efficiency
+        self.unsplit = self._worker(self.dies)
+        # Rows go to some of an FFN die's experts only: it works as one of the more dies that would have just these.
+        read = assumed.experts_per_die or ascend.experts_per_die
+        self.standing_for = experts.num_experts // read
+        self.ffn = self._worker(self.standing_for)
 
-    def _usable(self) -> float:
-        share = self.assumed.memory_share or self.unsplit.efficiency.memory_share
-        return self.chip.need("memory.hbm.capacity").value * share
+    def results(self) -> list[AscendResult]:
+        points = self.ascend.points
+        steps = [point.batch_unsplit / point.unsplit for point in points]
+        row = (steps[0] - steps[-1]) / (points[0].batch_unsplit - points[-1].batch_unsplit)
+        growth = self._unsplit_ffn(points[0].batch_unsplit) - self._unsplit_ffn(points[-1].batch_unsplit)
+        attention_row = max(0.0, row - growth / (points[0].batch_unsplit - points[-1].batch_unsplit))
+        results = []
+        for point, step in zip(points, steps, strict=True):
+            before, after = point.batch_unsplit, point.batch_split
+            rest = self._unsplit_ffn(before) + self._attention_weights() + self.unsplit.tail_seconds(before)
+            context = max(0.0, step - rest - attention_row * before)
+            each = attention_row + context / before  # what a request costs at this context
+            splits = tuple(self._split(point, split, each) for split in point.splits)
+            per_attention_die = after / splits[-1].step_seconds / point.unsplit
+            results.append(
+                AscendResult(
+                    context_tokens=point.context_tokens,
+                    unsplit_step_seconds=step,
+                    row_seconds=row,
+                    context_seconds=context,
+                    splits=splits,
+                    break_even_ratio=1 / (per_attention_die - 1) if per_attention_die > 1 else float("inf"),
+                )
+            )
+        return results
 
-    def batch_unsplit(self, context_tokens: int) -> int:
-        room = self._usable() - self.unsplit.capacity.weight_bytes
-        return int(room // (self.kv_bytes * context_tokens))
+    def _attention_weights(self) -> float:
+        """Of one pass over all layers with next to nothing in it."""
+        return self.unsplit.attention_layer_seconds(1, 1) * self.card.num_layers
 
-    def batch_split(self, context_tokens: int) -> int:
-        held = attention_memory(self.chip, self.card, Parallel(), self.precision).weight_bytes
-        return int((self._usable() - held) // (self.kv_bytes * context_tokens))
+    def _unsplit_ffn(self, batch: int) -> float:
+        """Feed-forwards and their exchange in an unsplit step."""
+        rows = self._balanced_rows(batch * self.dies, self.dies)
+        return self.unsplit.ffn_layer_seconds(rows) * self.card.num_layers
 
-    def exchange_row_seconds(self, few: int, many: int) -> float:
-        """What the exchange and the experts add to an unsplit step a request."""
-
-        def spent(batch: int) -> float:
-            rows = self._balanced_rows(batch * self.dies, self.dies)
-            shape = StepShape(num_decode=rows, decode_context_tokens=rows)
-            kinds = ("grouped_gemm", "all_to_all")
-            return sum(time.seconds for time in self.unsplit.breakdown(shape) if time.kind in kinds)
-
-        return (spent(many) - spent(few)) / (many - few)
-
-    def split_step(self, batch: int, attention_row: float, split: MeasuredSplit) -> float:
-        worker = self.splits.get(split.ffn_workers)
-        if worker is None:
-            worker = self.splits[split.ffn_workers] = self._split_worker(split.ffn_workers)
-        # The FFN dies hold a part of the experts each and share every call: one worker of the cost model.
-        pipeline = worker.pipeline(
-            batch, batch, attention_workers=split.attention_workers, micro_batches=self.micro_batches
+    def _split(self, point: AscendPoint, split: MeasuredSplit, each: float) -> AscendSplit:
+        batch, share = point.batch_split, split.share_of_attention
+        seconds = self._step(batch, split, each)
+        return AscendSplit(
+            gain=batch / seconds * share / point.unsplit - 1,
+            step_seconds=seconds,
+            measured_step_seconds=batch * share / split.per_chip,
+            break_even_step_seconds=batch * share / point.unsplit,
         )
-        rows = -(-batch // self.micro_batches)
-        merged = self._balanced_rows(rows * split.attention_workers, split.ffn_workers)
+
+    def _step(self, batch: int, split: MeasuredSplit, each: float) -> float:
+        """A step of an attention die. `each`: seconds a request adds to attention, over all layers."""
+        physical = self._worker(split.ffn_workers)
+        pipeline = physical.pipeline(
+            batch, batch, attention_workers=split.attention_workers, micro_batches=self.ascend.micro_batches
+        )
+        rows = -(-batch // self.ascend.micro_batches)
+        callers = split.attention_workers * self.standing_for // split.ffn_workers
+        merged = self._balanced_rows(rows * callers, self.standing_for)
         layer = msgspec.structs.replace(
             pipeline.layers[0],
-            attention_seconds=worker.attention_layer_seconds(1, 1) + rows * attention_row / self.card.num_layers,
-            ffn_seconds=worker.ffn_layer_seconds(merged, direct=True),
+            attention_seconds=physical.attention_layer_seconds(1, 1)
+            + rows * each / self.card.num_layers
+            + self.assumed.call_seconds,
+            ffn_seconds=self.ffn.ffn_layer_seconds(merged, direct=True),
         )
         return step_seconds(msgspec.structs.replace(pipeline, layers=(layer,)))
 
     def _balanced_rows(self, num_rows: int, dies: int) -> int:
         """Experts were balanced by force; the cost model gives the busiest of `dies` what chance gives it on top of the
         mean. The number of rows whose busiest die gets the mean of `num_rows`."""
-        experts = self.card.experts
-        assert experts is not None
-        mean = num_rows * experts.per_token / dies
+        mean = num_rows * self.experts.per_token / dies
         spread = math.sqrt(2 * math.log(dies))
-        imbalance = self.unsplit.efficiency.routing.imbalance
+        imbalance = self.efficiency.routing.imbalance
         root = (-spread + math.sqrt(spread**2 + 4 * imbalance * mean)) / (2 * imbalance)
         return max(1, round(num_rows * root**2 / mean))
 
     def _efficiency(self) -> Efficiency:
         """The cost model's, or one that reads experts at the share that was assumed and waits for nothing else."""
-        efficiency, share = self.unsplit.efficiency, self.assumed.ffn_memory_share
+        share = self.assumed.ffn_memory_share
         if share is None:
-            return efficiency
+            return self.efficiency
         curves = {
             name: msgspec.structs.replace(curve, memory=share, compute=1.0, half=0.0)
-            for name, curve in efficiency.grouped_gemm.items()
+            for name, curve in self.efficiency.grouped_gemm.items()
         }
-        return msgspec.structs.replace(efficiency, grouped_gemm=curves)
+        return msgspec.structs.replace(self.efficiency, grouped_gemm=curves)
 
-    def _split_worker(self, ffn_dies: int) -> SplitWorker:
+    def _worker(self, ffn_dies: int) -> SplitWorker:
         port = self.chip.need("scale_up.bandwidth").value
+        wire = Wire(
+            latency_seconds=self.assumed.latency_seconds,
+            attention_bytes_per_second=port,
+            ffn_bytes_per_second=port,
+        )
         return SplitWorker(
             self.card,
             self.chip,
             self.chip,
-            Wire(
-                latency_seconds=self.assumed.latency_seconds,
-                attention_bytes_per_second=port,
-                ffn_bytes_per_second=port,
-            ),
+            wire,
             ffn_parallel=Parallel(data_attention=ffn_dies, expert=ffn_dies),
             precision=self.precision,
             ffn_efficiency=self._efficiency(),

@@ -73,9 +73,13 @@ class SplitCost:
 
     def report(self, shape: StepShape) -> StepReport:
         """Bubbles and exposed hops of a step with something in it."""
+        return report(self.pipeline_of(shape))
+
+    def pipeline_of(self, shape: StepShape) -> Pipeline:
+        """Of any step with something in it."""
         if shape.prefill:
-            return report(self._mixed(shape))
-        return report(self.pipeline(shape.num_decode, shape.decode_context_tokens))
+            return self._mixed(shape)
+        return self.pipeline(shape.num_decode, shape.decode_context_tokens)
 
     def _curves_of(self, num_requests: int) -> tuple[int, tuple[StepCurve, ...]]:
         """Requests of a micro-batch, and the step's curve for each way that rows may cross."""

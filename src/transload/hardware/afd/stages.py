@@ -16,6 +16,7 @@ from transload.hardware.afd.memory import SideMemory, attention_memory, ffn_memo
 from transload.hardware.afd.pipeline import Hop, LayerTimes, Pipeline, Split, step_seconds
 from transload.hardware.chip import Chip
 from transload.hardware.cost.efficiency import Efficiency
+from transload.hardware.cost.plan import Plan
 from transload.hardware.cost.shape import StepShape
 from transload.hardware.cost.worker import WorkerCost
 from transload.hardware.link import LinkKind
@@ -70,10 +71,12 @@ class SplitWorker:
         precision: Precision | None = None,
         engine: str = "generic",
         split: Split = "replica",
+        parts: int = 1,
         ffn_efficiency: Efficiency | None = None,
     ) -> None:
         """Raises `DeploymentError` if a side does not fit its chips or cannot be split so, or a number is unknown.
 
+        `parts`: FFN workers that share the weights out among them, where the split is not by replica.
         `ffn_efficiency` replaces the committed parameters of the FFN chip's class.
         """
         self.card, self.wire, self.split = card, wire, split
@@ -92,7 +95,8 @@ class SplitWorker:
         self.attention_memory: SideMemory = attention_memory(
             attention_chip, card, self.attention_parallel, self.precision
         )
-        self.ffn_memory: SideMemory = ffn_memory(ffn_chip, card, self.ffn_parallel, self.precision)
+        held = self.ffn_parallel if split == "replica" else self._shared_by(self.ffn_parallel, parts)
+        self.ffn_memory: SideMemory = ffn_memory(ffn_chip, card, held, self.precision)
         self._tails: dict[int, float] = {}
         self._ffn_layers: dict[tuple[int, int, bool], float] = {}
 
@@ -139,13 +143,7 @@ class SplitWorker:
         """The workers that share every call, as one: raises `DeploymentError` if the model cannot be dealt out so."""
         found = self._parts.get(parts)
         if found is None:
-            stage = msgspec.structs.replace(self.ffn_parallel, pipeline=1)
-            if self.split == "expert":
-                stage = msgspec.structs.replace(
-                    stage, data_attention=stage.data_attention * parts, expert=stage.expert * parts
-                )
-            else:
-                stage = msgspec.structs.replace(stage, tensor=stage.tensor * parts)
+            stage = self._shared_by(msgspec.structs.replace(self.ffn_parallel, pipeline=1), parts)
             found = WorkerCost(
                 self.ffn_chip,
                 self.card,
@@ -157,6 +155,17 @@ class SplitWorker:
             )
             self._parts[parts] = found
         return found
+
+    def ffn_plan(self, parts: int) -> Plan:
+        """What the cost model has of the FFN workers that share every call."""
+        return self._part(parts).plan
+
+    def _shared_by(self, parallel: Parallel, parts: int) -> Parallel:
+        """The chips of so many FFN workers that have a part of each layer, as those of one."""
+        if self.split == "expert":
+            ranks, experts = parallel.data_attention * parts, parallel.expert * parts
+            return msgspec.structs.replace(parallel, data_attention=ranks, expert=experts)
+        return msgspec.structs.replace(parallel, tensor=parallel.tensor * parts)
 
     def copies(self, parts: int, *, direct: bool) -> float:
         """How often a row crosses, on average: once to each worker, or to each chip, that has work with it."""

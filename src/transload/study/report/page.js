@@ -259,6 +259,23 @@ function links(result) {
     element("div", { class: "grid wide" }, chart({ title: "Bytes on the links", unit: "all workers of a pair of pools", lines, x: { kind: "seconds", name: "since the run began" }, y: { kind: "rate" }, height: 200 }))];
 }
 
+function splits(result) {
+  if (!(result.splits || []).length) return null;
+  const cell = (value, kind) => element("td", {}, show(kind, value, 3));
+  const rows = result.splits.map((split) => element("tr", {},
+    element("td", {}, `${split.attention} → ${split.ffn}`), element("td", { class: "text" }, `${split.attention_workers}:${split.ffn_workers}, ${split.micro_batches} micro-batches`),
+    cell(split.step_seconds, "seconds"), cell(split.attention_busy, "share"), cell(1 - split.attention_busy, "share"), cell(split.ffn_busy, "share"), cell(1 - split.ffn_busy, "share"),
+    cell(split.crossing_bytes, "bytes"), cell(split.bytes_per_token, "bytes"), cell(split.exposed_hop_seconds, "seconds"), cell(split.step_seconds ? split.exposed_hop_seconds / split.step_seconds : null, "share"),
+    element("td", { class: "text" }, split.waits_for)));
+  const losses = (result.ffn_losses || []).map((loss) => element("p", {},
+    `${loss.worker} died at ${loss.at_seconds.toFixed(2)} s and was back at ${loss.back_seconds.toFixed(2)} s: ${loss.num_steps} steps felt it, the longest by ${(loss.longest_delay_seconds * 1000).toFixed(1)} ms; `
+    + `${loss.num_retries} calls were asked of others, ${loss.num_computed_here} computed by attention workers, ${loss.num_failed_steps} steps failed.`));
+  return [heading("Attention here, feed-forward there", "A mean step of each attention pool. Bubbles are the shares of it in which a side waits; exposed is what the step would be shorter by if bytes crossed in no time."),
+    element("div", { class: "scroll", style: "margin-bottom:14px" }, element("table", {}, element("thead", {}, element("tr", {}, element("th", {}, "pools"), element("th", { class: "text" }, "A:F"),
+      ["step", "attention busy", "its bubbles", "FFN busy", "its bubbles", "crosses a step", "a token", "hops exposed", "of the step"].map((text) => element("th", {}, text)), element("th", { class: "text" }, "waits for"))),
+      element("tbody", {}, rows))), ...losses];
+}
+
 function detailText(detail) {
   return Object.entries(detail).map(([name, value]) => {
     if (typeof value === "string") return `${name.replaceAll("_", " ")} ${value}`;
@@ -327,7 +344,7 @@ function provenance(result) {
 
 function details() {
   const holder = element("div");
-  const draw = () => { holder.replaceChildren(...[pools, links, waterfalls, rests, provenance].map((part) => part(RESULTS[stateOf.chosen])).filter(Boolean).flat(3)); fitAll(); };
+  const draw = () => { holder.replaceChildren(...[pools, links, splits, waterfalls, rests, provenance].map((part) => part(RESULTS[stateOf.chosen])).filter(Boolean).flat(3)); fitAll(); };
   draw();
   if (RESULTS.length === 1) return holder;
   const select = element("select", { "aria-label": "which result", onchange: () => { stateOf.chosen = Number(select.value); draw(); } },

@@ -112,9 +112,9 @@ def ascend() -> Answer:
             "n32_gain_48": ratio(1 + at_32k.gains[0]),
             "n32_gain_64": ratio(1 + at_32k.gains[1]),
         },
-        basis="unsplit steps from the two published unsplit rates, batches from what a die's memory holds before and "
-        "after the experts leave, FFN calls, hops and bubbles from the cost model (transload.hardware.afd.published)",
-        assumptions=("10 us a hop; 256 B a token and layer for the indexer's key",),
+        basis="unsplit steps from the two published unsplit rates; batches, and 4 experts that an FFN die reads, as "
+        "published; FFN calls, hops and bubbles from the cost model (transload.hardware.afd.published)",
+        assumptions=("10 us a hop",),
     )
 
 
