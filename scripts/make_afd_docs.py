@@ -107,6 +107,7 @@ experts decide: were all 16 of an FFN die read, both ratios would lose at 32K, a
 recipe was known. What is left is how long a step takes. In ms:
 
 {steps}
+
 All four signs follow if one way of a hop takes between {low:.0f} and {high:.0f} us instead of 10: at 32K, with half the
 rows, attention is then too short to hide two hops. Not published for this run; on the same chips xDeepServe (arXiv
 2508.02520) gives 172 us out and 193 us home for 96 requests a die, and its dispatch 20 us for 4. Time that an attention
@@ -163,7 +164,8 @@ LOSSES = """
 
 A simulation takes the closed form while everybody is up. A step in which an FFN worker goes, or that begins with a part
 of the feed-forwards at nobody, is played instead by the machines that serve (`FfnClient` and `FfnServer`, driven by
-`runtime/ffn_step.py`); without losses the two agree within 2 %, which a property test holds. A replica takes over
+`runtime/ffn_step.py`); without losses the two agree within 2 %, which a test holds (where the FFN side is the busiest,
+the machines also merge micro-batches that wait there together, and are up to a quarter faster). A replica takes over
 within the step; with the last one gone attention workers load the weights and compute both halves, if they hold them
 beside their caches, or the requests wait for the deadline and fail, as the deployment's `fallback` says. The result
 says how many steps felt it, by how much the longest, and how many calls were asked again, computed here, or failed.

@@ -11,7 +11,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from benchmark_docs import engine, faults, movement, serving, simulated  # noqa: E402
+from benchmark_docs import endurance, engine, faults, movement, serving, simulated  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 TARGET = ROOT / "docs" / "benchmarks.md"
@@ -28,6 +28,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "start.json": serving.start,
     "interference.json": serving.interference,
     "poisson.json": serving.poisson,
+    "overload.json": endurance.overload,
+    "soak.json": endurance.soak,
     "handoff.json": movement.handoff,
     "afd.json": movement.afd,
     "front_end.json": serving.front_end,

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import openai
 import pytest
@@ -10,6 +14,7 @@ import pytest
 from tests.e2e.live import LiveServer
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
 
 
 def test_beyond_the_queue_callers_get_429_with_a_time_and_are_served_when_they_return() -> None:
@@ -39,3 +44,23 @@ def test_beyond_the_queue_callers_get_429_with_a_time_and_are_served_when_they_r
         assert sum(end == "length" for end, _ in ends) == 10 - len(refused)
         assert later[0] == "length"
         assert server.metric("transload_rejected_total", code="over_capacity") == len(refused)
+
+
+@pytest.mark.parametrize("script", ["overload", "soak"])
+def test_the_scripts_that_measure_endurance_run_and_find_nothing_left(script: str, tmp_path: Path) -> None:
+    """Their short form; figures that mean something take minutes, on a quiet machine."""
+    out = tmp_path / "out.json"
+    arguments = ["--minutes", "0.1", "--out", str(out)]
+    if script == "overload":
+        arguments += ["--capacity-seconds", "4", "--ttft", "5", "--tpot", "1"]
+    subprocess.run([sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), *arguments], check=True, timeout=300)
+    result = json.loads(out.read_text())
+    assert set(result["memory"]) == {"front end", "prefill-0", "decode-0"}
+    if script == "overload":
+        assert result["callers"] > 0
+        assert result["without_retry_after"] == result["num_errors"] == 0
+    else:
+        assert result["counts"]["answered"] > 0
+        assert result["afterwards"]["requests"] == result["afterwards"]["waiting"] == 0
+        held = result["afterwards"]["blocks"]
+        assert held["referenced"] == held["quarantined"] == held["leaked"] == 0

@@ -35,6 +35,7 @@ from transload.control.messages import (
     Prefill,
     PrefillSent,
     Reject,
+    Request,
     RequestFailed,
     RequestId,
     Reserve,
