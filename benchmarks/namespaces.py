@@ -1,17 +1,26 @@
 """Two network namespaces with a wire of a given speed between them: two hosts on one machine, for benchmarks.
 
-Needs root on Linux with iproute2; delay needs netem in the kernel. Leaves nothing behind.
+Needs root on Linux with iproute2. Without delay the wire is a pair of virtual Ethernet ports and a token bucket.
+With delay it is two tun devices and a process between them, which holds each packet as long as a line of that speed and
+length would: it passes large segments through whole and bills their headers one by one. Leaves nothing behind.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import json
+import multiprocessing
 import os
+import queue
+import struct
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +30,14 @@ CLONE_NEWNET = 0x40000000
 DEVICE = "wire"
 BURST_SECONDS = 5e-4
 LEAST_BURST_BYTES = 128 << 10
+
+
+TUN_NAME, TUN_OFFLOAD = 0x400454CA, 0x400454D0  # TUNSETIFF, TUNSETOFFLOAD
+TUN_FLAGS = 0x0001 | 0x1000 | 0x4000  # a tun device, packets without more than the header of a virtual network card
+TUN_SEGMENTS = 1 | 2 | 4  # checksums and TCP segments of both versions are left to us
+CARD_HEADER = struct.Struct("<BBHHHH")  # flags, kind, bytes of headers, bytes of a segment, two about checksums
+ETHERNET_BYTES = 14
+QUEUE_SECONDS = 0.05
 
 
 class Unavailable(Exception):
@@ -37,33 +54,108 @@ class Hosts(msgspec.Struct, frozen=True):
 @contextlib.contextmanager
 def two_hosts(bits_per_second: float | None, delay_seconds: float = 0.0) -> Iterator[Hosts]:
     """None: as fast as it goes. The delay is added in each direction. Raises `Unavailable`."""
+    relay: multiprocessing.process.BaseProcess | None = None
     hosts = Hosts((f"tlb-{os.getpid()}-0", f"tlb-{os.getpid()}-1"), ("10.233.7.1", "10.233.7.2"))
     try:
         for name in hosts.names:
             _run("ip", "netns", "add", name)
-        first, second = hosts.names
-        _run("ip", "link", "add", DEVICE, "netns", first, "type", "veth", "peer", "name", DEVICE, "netns", second)
+        if delay_seconds:
+            relay = _start_relay(hosts, bits_per_second, delay_seconds)
+        else:
+            first, second = hosts.names
+            _run("ip", "link", "add", DEVICE, "netns", first, "type", "veth", "peer", "name", DEVICE, "netns", second)
         for name, address in zip(hosts.names, hosts.addresses, strict=True):
             _run("ip", "-n", name, "address", "add", f"{address}/24", "dev", DEVICE)
             _run("ip", "-n", name, "link", "set", DEVICE, "up")
             _run("ip", "-n", name, "link", "set", "lo", "up")
-            _limit(name, bits_per_second, delay_seconds)
+            if bits_per_second is not None and relay is None:
+                _limit(name, bits_per_second)
         yield hosts
     finally:
+        if relay is not None:
+            relay.kill()
+            relay.join()
         for name in hosts.names:
             subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
 
 
-def _limit(name: str, bits_per_second: float | None, delay_seconds: float) -> None:
-    parent = ["root"]
-    if bits_per_second is not None:
-        burst = max(LEAST_BURST_BYTES, round(bits_per_second / 8 * BURST_SECONDS))
-        shape = ["tbf", "rate", f"{bits_per_second:.0f}bit", "burst", str(burst), "latency", "50ms"]
-        _run("tc", "-n", name, "qdisc", "add", "dev", DEVICE, "root", "handle", "1:", *shape)
-        parent = ["parent", "1:1"]
-    if delay_seconds:
-        delay = ["netem", "delay", f"{delay_seconds * 1e6:.0f}us", "limit", "100000"]
-        _run("tc", "-n", name, "qdisc", "add", "dev", DEVICE, *parent, *delay)
+def _limit(name: str, bits_per_second: float) -> None:
+    burst = max(LEAST_BURST_BYTES, round(bits_per_second / 8 * BURST_SECONDS))
+    shape = [
+        "tbf",
+        "rate",
+        f"{bits_per_second:.0f}bit",
+        "burst",
+        str(burst),
+        "latency",
+        f"{QUEUE_SECONDS * 1000:.0f}ms",
+    ]
+    _run("tc", "-n", name, "qdisc", "add", "dev", DEVICE, "root", *shape)
+
+
+def _start_relay(
+    hosts: Hosts, bits_per_second: float | None, delay_seconds: float
+) -> multiprocessing.process.BaseProcess:
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_relay, args=(there, hosts, bits_per_second, delay_seconds), daemon=True)
+    process.start()
+    problem = here.recv() if here.poll(30) else "the relay does not start"
+    if problem is not None:
+        process.kill()
+        raise Unavailable(problem)
+    return process
+
+
+def _relay(ready: Connection, hosts: Hosts, bits_per_second: float | None, delay_seconds: float) -> None:
+    """Carry packets between two tun devices for ever."""
+    sys.setswitchinterval(1e-4)
+    ports: list[int] = []
+    try:
+        for name in hosts.names:
+            enter(name)
+            port = os.open("/dev/net/tun", os.O_RDWR)
+            fcntl.ioctl(port, TUN_NAME, struct.pack("16sH22x", DEVICE.encode(), TUN_FLAGS))
+            fcntl.ioctl(port, TUN_OFFLOAD, TUN_SEGMENTS)
+            ports.append(port)
+    except OSError as error:
+        ready.send(f"no tun device: {error}")
+        return
+    threads = []
+    for source, target in (ports, reversed(ports)):
+        line: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
+        threads.append(threading.Thread(target=_take_in, args=(source, line, bits_per_second, delay_seconds)))
+        threads.append(threading.Thread(target=_give_out, args=(target, line)))
+    for thread in threads:
+        thread.start()
+    ready.send(None)
+
+
+def _take_in(
+    port: int, line: queue.SimpleQueue[tuple[float, bytes]], bits_per_second: float | None, delay_seconds: float
+) -> None:
+    free_at = 0.0
+    while True:
+        packet = os.read(port, 1 << 17)
+        now = time.monotonic()
+        if free_at - now > QUEUE_SECONDS:
+            continue  # the queue in front of the line is full
+        _, _, header_bytes, segment_bytes, _, _ = CARD_HEADER.unpack_from(packet)
+        num_bytes = len(packet) - CARD_HEADER.size
+        num_segments = -(-(num_bytes - header_bytes) // segment_bytes) if segment_bytes else 1
+        on_the_wire = num_bytes + (num_segments - 1) * header_bytes + num_segments * ETHERNET_BYTES
+        free_at = max(free_at, now) + (on_the_wire * 8 / bits_per_second if bits_per_second is not None else 0.0)
+        line.put((free_at + delay_seconds, packet))
+
+
+def _give_out(port: int, line: queue.SimpleQueue[tuple[float, bytes]]) -> None:
+    while True:
+        due, packet = line.get()
+        early = due - time.monotonic()
+        if early > 0:
+            time.sleep(early)
+        with contextlib.suppress(OSError):  # the device is not up yet
+            os.write(port, packet)
 
 
 def _run(*command: str) -> None:

@@ -31,6 +31,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "overload.json": endurance.overload,
     "soak.json": endurance.soak,
     "handoff.json": movement.handoff,
+    "handoff_hidden.json": movement.hidden,
     "afd.json": movement.afd,
     "front_end.json": serving.front_end,
     "gpu-llama-1b-h100.json": engine.gpu,
