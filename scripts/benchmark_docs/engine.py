@@ -17,18 +17,22 @@ def engine(result: dict[str, Any]) -> str:
         left_out |= run["left_out"]
         for row in run["rows"]:
             rates = row["tokens_per_second"]
-            times = f"{row['times_best_peer']:.2f}x {row['best_peer']}" if "best_peer" in row else ""
+            times = ", ".join(
+                f"{ratio:.2f}x {pair.partition(' / ')[2]}" for pair, ratio in row.get("times", {}).items()
+            )
             share = f"{row['share_of_limit']:.0%}" if "share_of_limit" in row else ""
             cells = [f"{rates[name]:,.0f}" if name in rates else "" for name in names]
             rows.append([run["threads"], row["case"], *cells, times, share])
     text = (
-        "\n## Engine\n\nTokens/s in process, SmolLM2-135M in bfloat16: a prompt of so many tokens, or a batch that "
-        f"decodes at a context of 256. Best of {result['rounds']} rounds in which all took turns on the same cores. "
+        "\n## Engine\n\nTokens/s in process, SmolLM2-135M in bfloat16, *quantized* as its file stores it (what goes "
+        f"through torch in {result['torch_dtype']}): a prompt of so many tokens, or a batch that decodes at a context "
+        "of 256. Each peer is compared with ours of the same weights (Q4_0 with quantized). Best of "
+        f"{result['rounds']} rounds in which all took turns on the same cores. "
         f"Our kernels: {result['kernels']}. The limit of a prefill is the rate of a product of two 2048 x 2048 "
         "matrices, the faster of bfloat16 and float32.\n\n"
     )
     missing = "".join(f"\n{name} is left out: {problem}\n" for name, problem in left_out.items())
-    columns = ["threads", "case", *names, "times the best peer", "of the limit"]
+    columns = ["threads", "case", *names, "times a peer", "of the limit (bfloat16)"]
     return text + table(columns, rows) + missing + origin(result)
 
 

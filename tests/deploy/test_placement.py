@@ -45,6 +45,7 @@ def machine(
     bfloat16: bool = True,
     quota: float | None = None,
     memfd: bool = True,
+    kernels: bool = False,
 ) -> Machine:
     return Machine(
         cores=tuple(range(cores)),
@@ -53,6 +54,7 @@ def machine(
         core_quota=quota,
         cpu_flags=frozenset({"avx512_bf16"} if bfloat16 else ()),
         gpus=gpus,
+        has_kernels=kernels,
         has_memfd=memfd,
     )
 
@@ -141,6 +143,9 @@ def test_more_threads_than_the_container_lets_run_are_warned_of() -> None:
         ((), machine(bfloat16=False), "float32"),
         (("model.dtype=bfloat16",), machine(bfloat16=False), "bfloat16"),
         (("model.dtype=float32",), machine(), "float32"),
+        (("model.dtype=quantized",), machine(bfloat16=False), "bfloat16"),
+        ((), machine(bfloat16=False, kernels=True), "bfloat16"),
+        (("model.deterministic=true",), machine(bfloat16=False, kernels=True), "float32"),
         (("pools.*.device=cuda:0",), machine(bfloat16=False, gpus=(A100, T4)), "bfloat16"),
         (("pools.decode.device=cuda:1",), machine(gpus=(A100, T4)), "float32"),
         (("pools.*.device=cuda",), machine(gpus=(A100, T4)), "float32"),

@@ -9,6 +9,7 @@ import stat
 from importlib import metadata
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from transload.deploy.machine import Gpu, Machine
@@ -63,6 +64,8 @@ def test_a_container_limit_on_cores_is_told() -> None:
 def test_dtype_auto_is_told() -> None:
     assert "dtype auto is bfloat16" in check_arithmetic(machine(flags="avx512_bf16 amx_bf16")).found
     assert "dtype auto is float32" in check_arithmetic(machine(flags="avx2")).found
+    with_kernels = msgspec.structs.replace(machine(flags="avx2"), has_kernels=True)
+    assert "dtype auto is bfloat16" in check_arithmetic(with_kernels).found
 
 
 @pytest.mark.parametrize(("free", "status"), [(16 * GIB, "ok"), (2 * GIB, "warn"), (GIB // 2, "fail")])

@@ -16,8 +16,10 @@ from transload.transfer.memory import KvMemory, PeerMemory
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is shared through memfd, which is Linux's")
 
 
-def test_a_pool_is_zeroed_and_writable() -> None:
-    memory = KvMemory(SMALL, 10)
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_pool_is_zeroed_and_writable(*, shared: bool) -> None:
+    memory = KvMemory(SMALL, 10, shared=shared)
+    assert (memory.fd is not None) == (shared and sys.platform == "linux")
     assert len(memory.buffer) == 10 * SMALL.block_bytes
     assert not any(memory.buffer)
     memory.buffer[-1] = 7
@@ -30,6 +32,17 @@ def test_a_pool_larger_than_the_machine_is_refused_before_a_page_is_taken() -> N
         KvMemory(SMALL, 2**50 // SMALL.block_bytes)
     with pytest.raises(MachineError, match="at least one block"):
         KvMemory(SMALL, 0)
+
+
+@linux
+def test_a_pool_that_nobody_maps_takes_memory_as_it_is_used() -> None:
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident_bytes()
+    memory = KvMemory(SMALL, 2**28 // SMALL.block_bytes, shared=False)
+    assert resident_bytes() - before < 2**26
+    memory.close()
 
 
 @linux

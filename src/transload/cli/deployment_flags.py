@@ -27,7 +27,7 @@ def add_deployment_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("deployment")
     group.add_argument("--topology", metavar="1p1d", help="instead of a file: 1p1d (default), 1agg, 2agg, 2p1d, 3p2d")
     group.add_argument("--model", metavar="PATH", help="a model folder, a .gguf file or a hub id (owner/name)")
-    group.add_argument("--dtype", metavar="TYPE", help="auto, float32 or bfloat16")
+    group.add_argument("--dtype", metavar="TYPE", help="auto, float32, bfloat16 or quantized")
     group.add_argument("--deterministic", action="store_true", help="equal results whatever the batch and the split")
     group.add_argument("--load-format", metavar="FORMAT", help="auto, or dummy for random weights")
     group.add_argument("--host", help="address to serve on (default 127.0.0.1)")

@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from transload.deploy.load import to_yaml
     from transload.deploy.machine import read_machine
     from transload.deploy.placement import plan_placement
+    from transload.model.native.library import load
 
     deployment = resolve_flags(args)
     if args.yaml:
@@ -43,7 +44,9 @@ def run(args: argparse.Namespace) -> int:
     if any(pool.chip is not None for pool in deployment.pools):
         return _explain_simulated(deployment, source_of(args), as_json=args.json)
     facts = find_model(deployment.model)
-    machine = read_machine(with_gpus=any(pool.device != "cpu" for pool in deployment.pools))
+    machine = read_machine(
+        with_gpus=any(pool.device != "cpu" for pool in deployment.pools), has_kernels=load() is not None
+    )
     explanation = explain(plan_placement(deployment, machine, facts.arch), facts, source_of(args))
     if args.json:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(explanation), indent=2).decode() + "\n")

@@ -48,6 +48,8 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """Cores' worth of time a container limit leaves; None: no limit."""
     cpu_flags: frozenset[str] = frozenset()
     gpus: tuple[Gpu, ...] = ()
+    has_kernels: bool = False
+    """Whether our own CPU kernels can be built here. They widen bfloat16 weights as they read them, on any CPU."""
     has_memfd: bool = True
     """Whether workers on this host can share memory."""
 
@@ -57,8 +59,8 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
         return bool(self.cpu_flags & BFLOAT16_FLAGS)
 
 
-def read_machine(root: Path = Path("/"), *, with_gpus: bool = True) -> Machine:
-    """Look at this machine. `root` is where proc and sys lie."""
+def read_machine(root: Path = Path("/"), *, with_gpus: bool = True, has_kernels: bool = False) -> Machine:
+    """Look at this machine. `root` is where proc and sys lie. Whether it has kernels is for the caller to say."""
     cores = usable_cores()
     total, free = _memory(root)
     for limit, used in _memory_limits(root):
@@ -71,6 +73,7 @@ def read_machine(root: Path = Path("/"), *, with_gpus: bool = True) -> Machine:
         core_quota=min(_core_quotas(root), default=None),
         cpu_flags=_cpu_flags(root / "proc/cpuinfo"),
         gpus=read_gpus() if with_gpus else (),
+        has_kernels=has_kernels,
         has_memfd=sys.platform == "linux",
     )
 

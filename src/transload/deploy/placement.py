@@ -31,6 +31,8 @@ DEFAULT_SHARE = 0.2
 """Most of a device's memory that such a cache takes."""
 DEFAULT_FREE_SHARE = 0.8
 """Most of the memory that is free now that all such caches of a device take together with their workers."""
+KERNEL_LANES = 16
+"""Our CPU kernels take sizes that are multiples of their vectors, of at most so many numbers."""
 LEAST_CONTEXT = 64
 """Tokens without which a worker is of no use (or the model's own limit, if that is less)."""
 
@@ -56,16 +58,26 @@ def plan_placement(deployment: Deployment, machine: Machine, arch: ModelArch) ->
     return _Planner(deployment, machine, arch).placement()
 
 
-def resolve_dtype(deployment: Deployment, machine: Machine) -> ComputeDtype:
-    """auto is bfloat16 if every device that is used computes in it. One for all: caches cross between workers."""
+def resolve_dtype(deployment: Deployment, machine: Machine, arch: ModelArch) -> ComputeDtype:
+    """auto is bfloat16 if every device that is used computes in it, or reads it with our own kernels, which halves a
+    decode step. One for all: caches cross between workers. Of quantized it is what is not kept as stored."""
     if deployment.model.dtype != "auto":
-        return deployment.model.dtype
+        return "bfloat16" if deployment.model.dtype == "quantized" else deployment.model.dtype
+    on_cpu = machine.has_bfloat16 or (machine.has_kernels and _takes_kernels(deployment, arch))
     for pool in deployment.pools:
         gpus = _gpus_of(pool, machine)
-        native = all(gpu.has_bfloat16 for gpu in gpus) and bool(gpus) if pool.device != "cpu" else machine.has_bfloat16
+        native = all(gpu.has_bfloat16 for gpu in gpus) and bool(gpus) if pool.device != "cpu" else on_cpu
         if not native:
             return "float32"
     return "bfloat16"
+
+
+def _takes_kernels(deployment: Deployment, arch: ModelArch) -> bool:
+    """Whether whole steps go through our own CPU kernels; what does not is emulated, slower than float32."""
+    sizes = (arch.hidden_size, arch.intermediate_size, arch.head_dim, arch.vocab_size)
+    split = any(pool.ffn is not None or pool.role == "ffn" for pool in deployment.pools)
+    plain = arch.experts is None and not arch.sinks and not deployment.model.deterministic
+    return plain and not split and all(size % KERNEL_LANES == 0 for size in sizes)
 
 
 def loaded_weights_bytes(arch: ModelArch, dtype: str, pool: Pool, device: str, num_parts: int = 1) -> int:
@@ -131,7 +143,7 @@ class _Planner:
         self.deployment = deployment
         self.machine = machine
         self.arch = arch
-        self.dtype = resolve_dtype(deployment, machine)
+        self.dtype = resolve_dtype(deployment, machine, arch)
         self.warnings: list[str] = []
         self.problems: list[str] = []
         self.wanted_context = deployment.model.max_context or arch.max_position

@@ -16,7 +16,7 @@ from transload.hardware.parallel import Parallel
 
 PoolRole = Literal["aggregated", "prefill", "decode", "ffn"]
 """What a pool does. Workers of role ffn hold no requests; the Controller knows nothing of them."""
-DType = Literal["auto", "float32", "bfloat16"]
+DType = Literal["auto", "float32", "bfloat16", "quantized"]
 Transport = Literal["auto", "direct", "shm", "tcp"]
 Bytes = Annotated[int, Meta(ge=1, le=2**50, extra={"unit": "bytes"})]
 BytesPerSecond = Annotated[float, Meta(gt=0.0, le=1e18, extra={"unit": "bytes per second"})]
@@ -60,7 +60,9 @@ class ModelSpec(Part, frozen=True, kw_only=True):
     revision: Text | None = None
     """Hub revision (branch, tag or commit)."""
     dtype: DType = "auto"
-    """auto: bfloat16 where the chip computes in it, float32 otherwise."""
+    """auto: bfloat16 where the chip computes in it or our CPU kernels widen it, float32 otherwise. quantized: bfloat16,
+    but on a CPU the 4- and 8-bit groups of a GGUF file (Q4_1, Q8_0) stay as stored, and meet activations rounded to 8
+    bits."""
     load_format: Literal["auto", "dummy"] = "auto"
     """dummy: random weights of the named shape, for benchmarks."""
     deterministic: bool = False

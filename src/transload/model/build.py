@@ -13,6 +13,7 @@ import torch
 
 from transload.arch import ModelArch
 from transload.model.experts import ExpertLayer, Router
+from transload.model.grouped import GroupedWeight, grouped, stacked
 from transload.model.linear import Linear, TileProof
 from transload.model.llama import (
     Activation,
@@ -102,33 +103,47 @@ class WeightSource:
         assert tuple(tensor.shape) == shape, (name, tuple(tensor.shape), shape)
         return tensor.to(device=self._device, dtype=self._dtype)
 
+    def matrix(self, name: str, num_outputs: int, num_inputs: int) -> torch.Tensor | GroupedWeight:
+        """A weight, which the loader may have left as the file stores it."""
+        if self._tensors[name].dtype != torch.uint8:
+            return self.take(name, num_outputs, num_inputs)
+        stored = self._tensors.pop(name)
+        assert len(stored) == num_outputs, (name, tuple(stored.shape), num_outputs)
+        return grouped(stored, num_inputs)
+
     def norm(self, name: str, size: int) -> RmsNorm:
         return RmsNorm(self.take(name, size), self.arch.norm_eps)
 
     def fused(self, prefix: str, outputs: dict[str, int], inputs: int, *, biased: bool, gated: bool = False) -> Linear:
         """The projections `prefix.<name>`, stacked in the order given. `gated`: two that meet element by element."""
-        weight = [self.take(f"{prefix}.{name}.weight", size, inputs) for name, size in outputs.items()]
+        weight = [self.matrix(f"{prefix}.{name}.weight", size, inputs) for name, size in outputs.items()]
         bias = [self.take(f"{prefix}.{name}.bias", size) for name, size in outputs.items()] if biased else []
-        stacked = torch.cat(weight) if len(weight) > 1 else weight[0].contiguous()
-        split = len(stacked) // 2 if gated else 0
-        return Linear(stacked, torch.cat(bias) if bias else None, self.proof, split=split, arena=self._arena)
+        split = sum(outputs.values()) // 2 if gated else 0
+        return self.linear(stacked(weight, self._dtype), torch.cat(bias) if bias else None, split)
 
-    def head(self, embedding: torch.Tensor) -> Linear:
-        if self.arch.tied_embeddings:
-            return Linear(embedding, None, self.proof, arena=self._arena)
-        weight = self.take("lm_head.weight", *embedding.shape).contiguous()
-        return Linear(weight, None, self.proof, arena=self._arena)
+    def linear(self, weight: torch.Tensor | GroupedWeight, bias: torch.Tensor | None = None, split: int = 0) -> Linear:
+        return Linear(weight, bias, self.proof, split=split, arena=self._arena, dtype=self._dtype)
+
+    def embedding(self) -> tuple[torch.Tensor | None, Linear]:
+        """The embedding, or None if the head holds it; and the head."""
+        arch = self.arch
+        shape = (arch.vocab_size, arch.hidden_size)
+        embedding = self.matrix("model.embed_tokens.weight", *shape)
+        head = self.linear(embedding if arch.tied_embeddings else self.matrix("lm_head.weight", *shape))
+        if arch.tied_embeddings and head.packed is not None:
+            return None, head
+        if isinstance(embedding, GroupedWeight):
+            embedding = embedding.dequantised(self._dtype)
+        return embedding.contiguous(), head
 
 
 def build_attention_side(weights: WeightSource) -> AttentionSide:
     """Embedding, attention layers, final norm and head."""
     arch = weights.arch
-    embedding = weights.take("model.embed_tokens.weight", arch.vocab_size, arch.hidden_size).contiguous()
+    embedding, head = weights.embedding()
     layers = [build_attention_layer(weights, layer) for layer in range(arch.num_layers)]
     final_norm = weights.norm("model.norm.weight", arch.hidden_size)
-    head = weights.head(embedding)
-    held_by_head = arch.tied_embeddings and head.packed is not None
-    return AttentionSide(None if held_by_head else embedding, layers, final_norm, head)
+    return AttentionSide(embedding, layers, final_norm, head)
 
 
 def build_attention_layer(weights: WeightSource, layer: int) -> AttentionLayer:

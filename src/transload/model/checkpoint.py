@@ -18,6 +18,7 @@ from transload.model.expert_storage import loaded_name
 from transload.model.expert_tensors import ExpertUnpacker
 from transload.model.gguf_arch import renamed
 from transload.model.gguf_file import GgufFile, GgufTensor
+from transload.model.grouped import BLOCK_BYTES, GROUP_INPUTS
 from transload.model.inventory import Shape, expected_shapes, is_ignored
 from transload.model.native.packed import read_stored
 from transload.model.source import ModelFiles
@@ -30,8 +31,13 @@ Wanted = Callable[[str], bool]
 """Whether a worker needs the tensor of this name."""
 
 
-def load_tensors(files: ModelFiles, dtype: torch.dtype, wanted: Wanted | None = None) -> dict[str, torch.Tensor]:
+def load_tensors(
+    files: ModelFiles, dtype: torch.dtype, wanted: Wanted | None = None, *, keep_groups: bool = False
+) -> dict[str, torch.Tensor]:
     """The wanted weights of a model (None: all) in `dtype`, on the CPU. Tied embeddings have no `lm_head.weight`.
+
+    `keep_groups`: matrices that a GGUF file stores in groups that our kernels read stay as they are stored, uint8
+    [rows, bytes of a row]; see `grouped.grouped`.
 
     Do not write to the tensors: some are views of a mapped file. Raises `CheckpointError` if a file is not what it was
     when it was located.
@@ -43,9 +49,9 @@ def load_tensors(files: ModelFiles, dtype: torch.dtype, wanted: Wanted | None = 
         case "safetensors":
             tensors = _from_safetensors(files, dtype, needed)
         case "gguf":
-            tensors = _from_gguf(files, dtype, needed)
+            tensors = _from_gguf(files, dtype, needed, keep_groups=keep_groups)
     for name, shape in needed.items():
-        if name not in tensors or tuple(tensors[name].shape) != shape:
+        if name not in tensors or not _is_shaped(tensors[name], shape):
             got = list(tensors[name].shape) if name in tensors else "nothing"
             raise CheckpointError(
                 f"{files.name}: tensor {name!r} is {got}, wanted {list(shape)}: the files changed after they were "
@@ -68,15 +74,32 @@ def _from_safetensors(files: ModelFiles, dtype: torch.dtype, needed: Mapping[str
     return tensors
 
 
-def _from_gguf(files: ModelFiles, dtype: torch.dtype, needed: Mapping[str, Shape]) -> dict[str, torch.Tensor]:
+def _is_shaped(tensor: torch.Tensor, shape: Shape) -> bool:
+    if tensor.dtype == torch.uint8:
+        return len(shape) == 2 and len(tensor) == shape[0]
+    return tuple(tensor.shape) == shape
+
+
+def _from_gguf(
+    files: ModelFiles, dtype: torch.dtype, needed: Mapping[str, Shape], *, keep_groups: bool
+) -> dict[str, torch.Tensor]:
     (path,) = files.paths
     file = GgufFile(path)
     tensors: dict[str, torch.Tensor] = {}
     for name, stored in renamed(file).items():
         if name in needed:
-            loaded = _dequantised(file, stored, dtype)
+            kept = keep_groups and stored.kind in BLOCK_BYTES and len(needed[name]) == 2
+            loaded = _as_stored(file, stored) if kept else _dequantised(file, stored, dtype)
             tensors[name] = _rows_in_halves(loaded, name, files.arch)
     return tensors
+
+
+def _as_stored(file: GgufFile, stored: GgufTensor) -> torch.Tensor:
+    """The bytes of a matrix, a row of blocks for each of its rows."""
+    num_rows, num_inputs = stored.shape
+    if num_inputs % GROUP_INPUTS:
+        raise CheckpointError(f"{file.path}: {stored.name!r} has rows of {num_inputs} numbers, not whole blocks")
+    return torch.from_numpy(file.array(stored).copy()).view(num_rows, -1)
 
 
 def _dequantised(file: GgufFile, stored: GgufTensor, dtype: torch.dtype) -> torch.Tensor:

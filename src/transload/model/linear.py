@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional
 
 from transload.errors import MachineError
+from transload.model.grouped import BLOCK_BYTES, GroupedKind, GroupedWeight
 from transload.model.native.packed import Arena, PackedLinear, fits
 
 REFERENCE_TILE = 4
@@ -55,20 +56,29 @@ class Linear:
 
     def __init__(
         self,
-        weight: torch.Tensor,
+        weight: torch.Tensor | GroupedWeight,
         bias: torch.Tensor | None,
         proof: TileProof | None,
         *,
         split: int = 0,
         arena: Arena | None = None,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         """`weight` [out, in], `bias` [out]. With a `proof` the layer is deterministic.
 
         `split`: the weight stacks two projections of so many outputs that meet element by element. `arena` is where our
-        own kernels' weights go.
+        own kernels' weights go. `dtype`: in which a grouped weight is multiplied where our own kernels cannot.
         """
+        self.packed = _ours(weight, bias, split, proof, arena)
+        if isinstance(weight, GroupedWeight):
+            self._out_features = weight.rows.shape[0]
+            if self.packed is not None:
+                self._kernel: RowsKernel = self.packed
+                self._tiles: tuple[int, ...] = ()
+                return
+            weight = weight.dequantised(dtype)
+            self.packed = _ours(weight, bias, split, proof, arena)
         self._out_features = weight.shape[0]
-        self.packed = PackedLinear(weight, bias, split=split, arena=arena) if _is_ours(weight, split, proof) else None
         self._kernel = self.packed or _packed_kernel(weight, bias) or _plain_kernel(weight, bias)
         self._tiles = proof.tiles(self._kernel, weight, biased=bias is not None) if proof is not None else ()
 
@@ -79,16 +89,34 @@ class Linear:
         return _in_tiles(self._kernel, x, self._tiles, self._out_features)
 
 
-def _is_ours(weight: torch.Tensor, split: int, proof: TileProof | None) -> bool:
-    return proof is None and fits(weight, split) and _kernels_agree(weight.dtype)
+def _ours(
+    weight: torch.Tensor | GroupedWeight,
+    bias: torch.Tensor | None,
+    split: int,
+    proof: TileProof | None,
+    arena: Arena | None,
+) -> PackedLinear | None:
+    """The layer in our own kernels; None where they cannot hold it, may not, or compute something else."""
+    rows, kind = (weight.rows, weight.kind) if isinstance(weight, GroupedWeight) else (weight, weight.dtype)
+    blocks = kind if isinstance(kind, str) else ""
+    if proof is not None or not fits(rows, split, blocks) or not _kernels_agree(kind):
+        return None
+    return PackedLinear(rows, bias, split=split, arena=arena, blocks=blocks)
 
 
 @functools.cache
-def _kernels_agree(dtype: torch.dtype) -> bool:
+def _kernels_agree(kind: torch.dtype | GroupedKind) -> bool:
     """Whether our own kernels, as compiled here, compute what torch does: tried once on a layer of uneven panels."""
     generator = torch.Generator().manual_seed(20_260_102)
-    weight = torch.randn(112, 64, generator=generator).to(dtype)
-    return _agrees_with_plain(PackedLinear(weight, None), weight, None)
+    if isinstance(kind, torch.dtype):
+        weight = torch.randn(112, 64, generator=generator).to(kind)
+        return _agrees_with_plain(PackedLinear(weight, None), weight, None)
+    blocks = torch.randint(0, 256, (112, 2, BLOCK_BYTES[kind]), generator=generator, dtype=torch.uint8)
+    blocks[:, :, 1] = 0x2C  # scales between a sixteenth and an eighth
+    blocks[:, :, 3] = 0xB8 if kind == "Q4_1" else blocks[:, :, 3]  # minima between a half and one, negative
+    grouped = GroupedWeight(kind, blocks.view(112, -1))
+    packed = PackedLinear(grouped.rows, None, blocks=kind)
+    return _agrees_with_plain(packed, grouped.dequantised(torch.bfloat16), None)
 
 
 def _plain_kernel(weight: torch.Tensor, bias: torch.Tensor | None) -> RowsKernel:

@@ -33,14 +33,16 @@ def build_executor(plan: WorkerPlan) -> tuple[TorchExecutor, KvMemory, TorchFfnS
     dtype: torch.dtype = getattr(torch, plan.dtype)
     device = torch.device(plan.device)
     if plan.hop is None:
-        model = build_model(files.arch, load_tensors(files, dtype), dtype, plan.model.deterministic, device)
+        keep_groups = plan.model.dtype == "quantized" and plan.device == "cpu" and not plan.model.deterministic
+        tensors = load_tensors(files, dtype, keep_groups=keep_groups)
+        model = build_model(files.arch, tensors, dtype, plan.model.deterministic, device)
     else:
         tensors = load_tensors(files, dtype, lambda name: not is_feed_forward(name))
         model = build_attention_model(files.arch, tensors, dtype, plan.model.deterministic, device)
     give_back_memory()
     layout = kv_layout(files.arch, files.identity, plan.block_size, plan.dtype)
     works_in_place = plan.device == "cpu" and not {"auto", "direct"}.isdisjoint(plan.transports.values())
-    memory = KvMemory(layout, plan.num_blocks, with_windows=works_in_place)
+    memory = KvMemory(layout, plan.num_blocks, with_windows=works_in_place, shared=bool(plan.links))
     memory.kernels = native_library()
     executor = TorchExecutor(
         model,

@@ -24,6 +24,7 @@ from transload.deploy.placement import place
 from transload.deploy.plan import Placement
 from transload.deploy.spec import Deployment, Targets
 from transload.errors import MachineError
+from transload.model.native.library import load
 from transload.model.source import ModelFiles, locate
 from transload.model.tokenizer import ModelTokenizer, load_tokenizer
 from transload.runtime.base import ServedModel
@@ -108,7 +109,7 @@ class _Serving:
 
     async def run(self, listener: socket.socket) -> int:
         deployment, files = self._deployment, self._files
-        placement = place(deployment, read_machine(), files.arch)
+        placement = place(deployment, read_machine(has_kernels=load() is not None), files.arch)
         for warning in placement.warnings:
             self._say(f"[yellow]note:[/] {warning}")
         model = served_model(deployment, placement, files)

@@ -50,7 +50,7 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
 
 def examine(host: str, port: int) -> tuple[Check, ...]:
     """All checks, in the order in which one would put things right."""
-    machine = read_machine()
+    machine = read_machine(has_kernels=load() is not None)
     return (
         check_python(),
         check_torch(),
@@ -102,6 +102,9 @@ def check_arithmetic(machine: Machine) -> Check:
     native = sorted(machine.cpu_flags & BFLOAT16_FLAGS)
     if native:
         return Check(name="arithmetic", status="ok", found=f"bfloat16 ({', '.join(native)}): dtype auto is bfloat16")
+    if machine.has_kernels:
+        found = "bfloat16 weights, widened by our own kernels: dtype auto is bfloat16 (float32 where torch computes)"
+        return Check(name="arithmetic", status="ok", found=found)
     return Check(
         name="arithmetic",
         status="warn",

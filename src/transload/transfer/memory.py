@@ -24,13 +24,14 @@ if sys.platform == "linux":
 
 
 class KvMemory:
-    """The pool of this worker: `num_blocks` blocks of `layout`, zeroed, resident before the first use.
+    """The pool of this worker: `num_blocks` blocks of `layout`, zeroed.
 
     `with_windows`: make room for the pools of peers beside it, if the system has addresses for that; then steps work in
-    `table`. Raises `MachineError` if the machine has not that much memory.
+    `table`. One that is not `shared` has no peers: it takes memory as it is used, in large pages where the kernel has
+    some. Raises `MachineError` if the machine has not that much memory.
     """
 
-    def __init__(self, layout: KvLayout, num_blocks: int, *, with_windows: bool = False) -> None:
+    def __init__(self, layout: KvLayout, num_blocks: int, *, with_windows: bool = False, shared: bool = True) -> None:
         if num_blocks < 1:
             raise MachineError(f"a KV pool needs at least one block, got num_blocks={num_blocks}")
         self.layout = layout
@@ -50,7 +51,7 @@ class KvMemory:
         """Where the pools of peers are to be found beside this one; None: nowhere."""
         self._mapping: mmap.mmap | None = None
         try:
-            self._buffer = self._map(with_windows)
+            self._buffer = self._map(with_windows) if shared else self._map_alone()
         except (OSError, ValueError, OverflowError) as error:
             self._close_fd()
             raise MachineError(
@@ -77,9 +78,17 @@ class KvMemory:
         self._mapping = mmap.mmap(self._fd, self.size_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
         return memoryview(self._mapping)
 
+    def _map_alone(self) -> memoryview:
+        if sys.platform != "linux":
+            return self._map(False)
+        self._mapping = mmap.mmap(-1, self.size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without large pages
+            self._mapping.madvise(mmap.MADV_HUGEPAGE)
+        return memoryview(self._mapping)
+
     @property
     def fd(self) -> int | None:
-        """The memfd to pass to a peer on this host; None where there is no such thing."""
+        """The memfd to pass to a peer on this host; None where there is no such thing, or nobody to pass it to."""
         return self._fd
 
     @property

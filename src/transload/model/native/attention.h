@@ -55,42 +55,83 @@ struct lone_query {
     const struct cache *cache;
     const int64_t *blocks;
     int64_t layer, kv_head, position, window;
+    int64_t asked_heads;  /* key heads, this one first, whose keys and values are to be asked for; 0: that was done */
     const float *queries; /* [heads, head_dim], scaled by log2 e / sqrt(head_dim) */
     float *out;           /* like queries */
     float *scores;        /* heads x (keys + LANES) */
 };
 
-/* Ask for a block's keys, and for the values beside them, before they are needed: blocks lie anywhere. */
-INLINE void ask_for_block(const struct lone_query *q, int64_t at, int64_t row_bytes) {
-    const int64_t block = q->blocks[at / q->cache->block_size], num_bytes = q->cache->block_size * row_bytes;
-    const char *keys = piece(q->cache, block, q->layer, 0, q->kv_head);
-    const char *values = piece(q->cache, block, q->layer, 1, q->kv_head);
-    for (int64_t offset = 0; offset < num_bytes; offset += 64) {
-        __builtin_prefetch(keys + offset, 0, 3);
-        __builtin_prefetch(values + offset, 0, 2);
+/* Rows of keys or values in the order of positions, without a division a row. */
+struct walk {
+    const struct lone_query *query;
+    int part;
+    int64_t row_bytes, block, offset; /* of the next row */
+    const char *rows;                 /* of the block */
+};
+
+INLINE struct walk walk_from(const struct lone_query *q, int part, int64_t position, int64_t row_bytes) {
+    const int64_t block = position / q->cache->block_size, offset = position % q->cache->block_size;
+    return (struct walk){q, part, row_bytes, block, offset, piece(q->cache, q->blocks[block], q->layer, part, q->kv_head)};
+}
+INLINE const char *next_row(struct walk *walk) {
+    const struct lone_query *q = walk->query;
+    if (__builtin_expect(walk->offset == q->cache->block_size, 0)) {
+        walk->offset = 0;
+        walk->rows = piece(q->cache, q->blocks[++walk->block], q->layer, walk->part, q->kv_head);
+    }
+    return walk->rows + walk->offset++ * walk->row_bytes;
+}
+
+#define BLOCKS_AHEAD 1
+
+/* Ask for a block's keys and values before they are needed, of several heads in one go: blocks lie anywhere, and memory
+   is fast only where much is read in a row. */
+INLINE void ask_for_block(const struct lone_query *q, int64_t number, int64_t row_bytes) {
+    const int64_t num_bytes = q->asked_heads * q->cache->block_size * row_bytes;
+    for (int part = 0; part < 2; part++) {
+        const char *from = piece(q->cache, q->blocks[number], q->layer, part, q->kv_head);
+        for (int64_t offset = 0; offset < num_bytes; offset += 64) __builtin_prefetch(from + offset, 0, 2);
     }
 }
 
 INLINE void lone_scores(const struct lone_query *q, int kind, int heads, int64_t low, int64_t high, int64_t ld) {
-    const struct cache *cache = q->cache;
-    const int64_t dim = cache->head_dim, row_bytes = dim * (kind == KIND_FLOAT32 ? 4 : 2), size = cache->block_size;
-    int64_t asked = low / size * size;
+    const int64_t dim = q->cache->head_dim, row_bytes = dim * (kind == KIND_FLOAT32 ? 4 : 2);
+    const int64_t last = (high - 1) / q->cache->block_size;
+    struct walk keys = walk_from(q, 0, low, row_bytes);
+    int64_t asked = q->asked_heads ? keys.block : last + 1;
     for (int64_t key = low; key < high; key += LANES) {
-        for (; asked < key + LANES + size && asked < high; asked += size) ask_for_block(q, asked, row_bytes);
+        for (; asked <= keys.block + BLOCKS_AHEAD && asked <= last; asked++) ask_for_block(q, asked, row_bytes);
         vf parts[4][LANES];
-        for (int lane = 0; lane < LANES; lane++) {
-            const int64_t at = key + lane < high ? key + lane : high - 1;
-            const char *row = piece(cache, q->blocks[at / size], q->layer, 0, q->kv_head) + at % size * row_bytes;
-            vf sum[4];
+        const int together = heads < 4 ? 4 : 2; /* keys: enough independent sums to keep the multipliers busy */
+        const char *rows[4];
+        rows[0] = NULL;
+        for (int lane = 0; lane < LANES; lane += together) {
 #pragma GCC unroll 4
-            for (int head = 0; head < heads; head++) sum[head] = (vf){0};
+            for (int i = 0; i < together; i++)
+                rows[i] = key + lane + i < high ? next_row(&keys) : rows[i ? i - 1 : 0]; /* past the last: any */
+            if (key + lane >= high) {
+                for (int head = 0; head < heads; head++)
+                    for (int i = 0; i < together; i++) parts[head][lane + i] = (vf){0};
+                continue;
+            }
+            vf sum[4 * 4];
+#pragma GCC unroll 16
+            for (int i = 0; i < heads * together; i++) sum[i] = (vf){0};
             for (int64_t column = 0; column < dim; column += LANES) {
-                vf value = load_cached(kind, row, column);
+                vf query[4];
 #pragma GCC unroll 4
-                for (int head = 0; head < heads; head++) sum[head] += load(q->queries + head * dim + column) * value;
+                for (int head = 0; head < heads; head++) query[head] = load(q->queries + head * dim + column);
+#pragma GCC unroll 4
+                for (int i = 0; i < together; i++) {
+                    const vf value = load_cached(kind, rows[i], column);
+#pragma GCC unroll 4
+                    for (int head = 0; head < heads; head++) sum[head * together + i] += query[head] * value;
+                }
             }
 #pragma GCC unroll 4
-            for (int head = 0; head < heads; head++) parts[head][lane] = sum[head];
+            for (int head = 0; head < heads; head++)
+#pragma GCC unroll 4
+                for (int i = 0; i < together; i++) parts[head][lane + i] = sum[head * together + i];
         }
         for (int head = 0; head < heads; head++) store(q->scores + head * ld + key - low, sums_of(parts[head]));
     }
@@ -111,36 +152,43 @@ INLINE float lone_softmax(float *scores, int64_t num_keys) {
     return 1.0f / sum_lanes(sum);
 }
 
-INLINE void lone_mix(const struct lone_query *q, int kind, int heads, int64_t low, int64_t high, int64_t ld,
-                     const float *scale) {
-    const struct cache *cache = q->cache;
-    const int64_t dim = cache->head_dim, row_bytes = dim * (kind == KIND_FLOAT32 ? 4 : 2), size = cache->block_size;
-    const int64_t width = dim % (2 * LANES) ? LANES : 2 * LANES;
-    for (int64_t column = 0; column < dim; column += width) {
-        vf sum[4][2];
+/* `vectors` columns of all heads from `column` on. */
+INLINE void lone_mix_columns(const struct lone_query *q, int kind, int heads, int vectors, int64_t column, int64_t low,
+                             int64_t high, int64_t ld, const float *scale) {
+    const int64_t dim = q->cache->head_dim;
+    struct walk values = walk_from(q, 1, low, dim * (kind == KIND_FLOAT32 ? 4 : 2));
+    vf sum[4 * 4];
+#pragma GCC unroll 16
+    for (int i = 0; i < heads * vectors; i++) sum[i] = (vf){0};
+    for (int64_t key = 0; key < high - low; key++) {
+        const char *row = next_row(&values);
+        vf weight[4];
 #pragma GCC unroll 4
-        for (int head = 0; head < heads; head++) sum[head][0] = sum[head][1] = (vf){0};
-        const int64_t second = width == LANES ? 0 : LANES;
-        for (int64_t key = low; key < high;) {
-            const char *values = piece(cache, q->blocks[key / size], q->layer, 1, q->kv_head);
-            const int64_t end = (key / size + 1) * size < high ? (key / size + 1) * size : high;
-            for (; key < end; key++) {
-                const char *row = values + key % size * row_bytes;
-                vf left = load_cached(kind, row, column), right = load_cached(kind, row, column + second);
+        for (int head = 0; head < heads; head++) weight[head] = all(q->scores[head * ld + key]);
 #pragma GCC unroll 4
-                for (int head = 0; head < heads; head++) {
-                    vf weight = all(q->scores[head * ld + key - low]);
-                    sum[head][0] += weight * left;
-                    sum[head][1] += weight * right;
-                }
-            }
-        }
+        for (int v = 0; v < vectors; v++) {
+            const vf value = load_cached(kind, row, column + v * LANES);
 #pragma GCC unroll 4
-        for (int head = 0; head < heads; head++) {
-            store(q->out + head * dim + column, sum[head][0] * scale[head]);
-            if (second) store(q->out + head * dim + column + LANES, sum[head][1] * scale[head]);
+            for (int head = 0; head < heads; head++) sum[head * vectors + v] += weight[head] * value;
         }
     }
+#pragma GCC unroll 4
+    for (int head = 0; head < heads; head++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++)
+            store(q->out + head * dim + column + v * LANES, sum[head * vectors + v] * scale[head]);
+}
+
+INLINE void lone_mix(const struct lone_query *q, int kind, int heads, int64_t low, int64_t high, int64_t ld,
+                     const float *scale) {
+    const int64_t dim = q->cache->head_dim;
+    int64_t column = 0;
+    if (heads < 4)
+        for (; column + 4 * LANES <= dim; column += 4 * LANES)
+            lone_mix_columns(q, kind, heads, 4, column, low, high, ld, scale);
+    for (; column + 2 * LANES <= dim; column += 2 * LANES)
+        lone_mix_columns(q, kind, heads, 2, column, low, high, ld, scale);
+    for (; column < dim; column += LANES) lone_mix_columns(q, kind, heads, 1, column, low, high, ld, scale);
 }
 
 INLINE void lone_attend(const struct lone_query *q, int kind, int heads) {
@@ -286,9 +334,9 @@ static void attend_tile(const struct query_tile *q, char *out, int64_t out_bytes
         struct linear keys = against_keys, values = against_values;
         keys.weight = (char *)q->keys + (chunk - q->first_chunk) * 2 * packed_bytes(cache);
         values.weight = (char *)q->values + (chunk - q->first_chunk) * 2 * packed_bytes(cache);
-        multiply(&keys, queries, dim * element, num_rows, 0, num_panels(&keys), &to_scores);
+        multiply(&keys, queries, dim * element, num_rows, 0, num_panels(&keys), &to_scores, NULL);
         tile_softmax(q, kind, chunk, scores, weights, sums, best, total);
-        multiply(&values, weights, CHUNK_KEYS * element, num_rows, 0, num_panels(&values), &to_sums);
+        multiply(&values, weights, CHUNK_KEYS * element, num_rows, 0, num_panels(&values), &to_sums, NULL);
     }
     for (int64_t row = 0; row < num_rows; row++) {
         char *to = out + row / q->num_heads * out_bytes + row % q->num_heads * dim * element_bytes(out_kind);

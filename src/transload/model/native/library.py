@@ -31,6 +31,7 @@ SOURCES = (
     "llama.c",
     "attention.h",
     "cells.h",
+    "groups.h",
     "pool.h",
     "ring.h",
     "split.h",

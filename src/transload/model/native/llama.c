@@ -53,6 +53,7 @@ struct runner {
     char *activation, *mixed, *inner; /* [rows, E], [rows, H D], [rows, I] as activations */
     char *packed;
     char *scratch; /* capacity_scratch a thread */
+    char *room;    /* room_of a thread, where weights are grouped */
     int64_t num_rows; /* in `residual`; the kept ones after the last layer */
     int failed;
     /* of the part that runs now */
@@ -105,6 +106,23 @@ static int reserve_rows(struct runner *r, int64_t rows) {
     return whole;
 }
 
+/* Room for a thread's rounded rows: of the widest layer. */
+static int64_t room_of(const struct model *m) {
+    const int64_t mixed = m->num_heads * m->head_dim;
+    const int64_t inner = m->intermediate_size > mixed ? m->intermediate_size : mixed;
+    return (room_bytes(inner > m->hidden_size ? inner : m->hidden_size) + 63) / 64 * 64;
+}
+static int has_groups(const struct model *m) {
+    int found = is_grouped(m->head.kind);
+    for (int64_t i = 0; i < m->num_layers; i++) {
+        const struct layer *layer = &m->layers[i];
+        found |= is_grouped(layer->qkv.kind) | is_grouped(layer->output.kind);
+        found |= is_grouped(layer->gate_up.kind) | is_grouped(layer->down.kind);
+    }
+    return found;
+}
+static char *room_for(const struct runner *r, int thread) { return r->room ? r->room + thread * room_of(r->model) : NULL; }
+
 /* --- Small parts --------------------------------------------------------------------------------------------------- */
 
 static void rms_norm(const float *x, const float *weight, int64_t size, double eps, int64_t kind, void *out) {
@@ -119,6 +137,10 @@ static void unpack_row(const struct linear *linear, int64_t number, float *to) {
     const int64_t size = linear->num_inputs;
     const char *panel = (const char *)linear->weight + number / PANEL_OUTPUTS * panel_bytes(linear->kind, size);
     const int64_t place = number % PANEL_OUTPUTS;
+    if (is_grouped(linear->kind)) {
+        unpack_group_row(linear->kind == KIND_FOUR_BITS, panel, size, (int)(place / LANES), (int)(place % LANES), to);
+        return;
+    }
     if (linear->kind == KIND_FLOAT32) {
         for (int64_t i = 0; i < size; i++) to[i] = ((const float *)panel)[i * PANEL_OUTPUTS + place];
         return;
@@ -206,38 +228,39 @@ static void norm_rows(struct runner *r, struct part rows) {
                  r->activation + row * bytes);
 }
 
-static void qkv_of(struct runner *r, struct part rows, struct part panels) {
+static void qkv_of(struct runner *r, int thread, struct part rows, struct part panels) {
     const struct model *m = r->model;
     const int64_t width = r->layer->qkv.num_outputs, bytes = m->hidden_size * element_bytes(m->kind);
     const struct sink sink = {SINK_FLOAT32, 0, width * 4, r->qkv + rows.low * width};
     multiply(&r->layer->qkv, r->activation + rows.low * bytes, bytes, rows.high - rows.low, panels.low, panels.high,
-             &sink);
+             &sink, room_for(r, thread));
 }
-static void output_of(struct runner *r, struct part rows, struct part panels) {
+static void output_of(struct runner *r, int thread, struct part rows, struct part panels) {
     const struct model *m = r->model;
     const int64_t bytes = m->num_heads * m->head_dim * element_bytes(m->kind);
     const struct sink sink = {SINK_ADD, 0, m->hidden_size * 4, r->residual + rows.low * m->hidden_size};
     multiply(&r->layer->output, r->mixed + rows.low * bytes, bytes, rows.high - rows.low, panels.low, panels.high,
-             &sink);
+             &sink, room_for(r, thread));
 }
-static void inner_of(struct runner *r, struct part rows, struct part panels) {
+static void inner_of(struct runner *r, int thread, struct part rows, struct part panels) {
     const struct model *m = r->model;
     const int64_t bytes = m->hidden_size * element_bytes(m->kind);
     const int64_t inner_bytes = m->intermediate_size * element_bytes(m->kind);
     const struct sink sink = {SINK_SILU, (int)m->kind, inner_bytes, r->inner + rows.low * inner_bytes};
     multiply(&r->layer->gate_up, r->activation + rows.low * bytes, bytes, rows.high - rows.low, panels.low,
-             panels.high, &sink);
+             panels.high, &sink, room_for(r, thread));
 }
-static void down_of(struct runner *r, struct part rows, struct part panels) {
+static void down_of(struct runner *r, int thread, struct part rows, struct part panels) {
     const struct model *m = r->model;
     const int64_t bytes = m->intermediate_size * element_bytes(m->kind);
     const struct sink sink = {SINK_ADD, 0, m->hidden_size * 4, r->residual + rows.low * m->hidden_size};
-    multiply(&r->layer->down, r->inner + rows.low * bytes, bytes, rows.high - rows.low, panels.low, panels.high, &sink);
+    multiply(&r->layer->down, r->inner + rows.low * bytes, bytes, rows.high - rows.low, panels.low, panels.high, &sink,
+             room_for(r, thread));
 }
 
-typedef void some_outputs(struct runner *, struct part rows, struct part panels);
+typedef void some_outputs(struct runner *, int thread, struct part rows, struct part panels);
 static void share_outputs(struct runner *r, int thread, some_outputs *compute, const struct linear *linear) {
-    compute(r, (struct part){0, r->num_rows}, share_of(num_panels(linear), thread, r->pool->num_threads));
+    compute(r, thread, (struct part){0, r->num_rows}, share_of(num_panels(linear), thread, r->pool->num_threads));
 }
 static void share_qkv(void *context, int thread) {
     struct runner *r = context;
@@ -258,26 +281,24 @@ static void share_down(void *context, int thread) {
 
 /* Many rows: a thread takes some through several parts, while they are in its cache. */
 static void rows_to_qkv(void *context, int thread) {
-    (void)thread;
     struct runner *r = context;
     const int64_t at_once = rows_at_once(r, r->num_rows);
     for (int64_t low; (low = take(r->pool) * at_once) < r->num_rows;) {
         const struct part rows = {low, low + at_once < r->num_rows ? low + at_once : r->num_rows};
         norm_rows(r, rows);
-        qkv_of(r, rows, (struct part){0, num_panels(&r->layer->qkv)});
+        qkv_of(r, thread, rows, (struct part){0, num_panels(&r->layer->qkv)});
         for (int64_t row = rows.low; row < rows.high; row++) place_row(r, row);
     }
 }
 static void rows_through_ffn(void *context, int thread) {
-    (void)thread;
     struct runner *r = context;
     const int64_t at_once = rows_at_once(r, r->num_rows);
     for (int64_t low; (low = take(r->pool) * at_once) < r->num_rows;) {
         const struct part rows = {low, low + at_once < r->num_rows ? low + at_once : r->num_rows};
-        output_of(r, rows, (struct part){0, num_panels(&r->layer->output)});
+        output_of(r, thread, rows, (struct part){0, num_panels(&r->layer->output)});
         norm_rows(r, rows);
-        inner_of(r, rows, (struct part){0, num_panels(&r->layer->gate_up)});
-        down_of(r, rows, (struct part){0, num_panels(&r->layer->down)});
+        inner_of(r, thread, rows, (struct part){0, num_panels(&r->layer->gate_up)});
+        down_of(r, thread, rows, (struct part){0, num_panels(&r->layer->down)});
     }
 }
 
@@ -309,21 +330,25 @@ static void pack_keys(void *context, int thread) {
     }
 }
 
-static void attend_alone(struct runner *r, const struct span *span, int64_t kv_head, char *scratch) {
+/* One row against the keys of [low_head, high_head). */
+static void attend_alone(struct runner *r, const struct span *span, int64_t low_head, int64_t high_head, char *scratch) {
     const struct model *m = r->model;
     const struct step *s = r->step;
     const int64_t group = m->num_heads / m->num_kv_heads, dim = m->head_dim;
     const int64_t width = (m->num_heads + 2 * m->num_kv_heads) * dim, row_bytes = m->num_heads * dim * element_bytes(m->kind);
     float *out = (float *)scratch;
-    for (int64_t head = 0; head < group; head += 4) {
-        const int64_t heads = group - head < 4 ? group - head : 4, first = kv_head * group + head;
-        const struct lone_query query = {
-            &s->cache, s->blocks + span->first_block, r->layer_number, kv_head, span->start, r->layer->window,
-            r->qkv + span->first_row * width + first * dim, out, out + 4 * dim};
-        LONE_OF[m->kind][heads](&query);
-        char *to = r->mixed + span->first_row * row_bytes;
-        for (int64_t i = 0; i < heads * dim; i += LANES) store_activation(m->kind, to, first * dim + i, load(out + i));
-    }
+    int64_t asked = high_head - low_head;
+    for (int64_t kv_head = low_head; kv_head < high_head; kv_head++)
+        for (int64_t head = 0; head < group; head += 4, asked = 0) {
+            const int64_t heads = group - head < 4 ? group - head : 4, first = kv_head * group + head;
+            const struct lone_query query = {
+                &s->cache, s->blocks + span->first_block, r->layer_number, kv_head, span->start, r->layer->window, asked,
+                r->qkv + span->first_row * width + first * dim, out, out + 4 * dim};
+            LONE_OF[m->kind][heads](&query);
+            char *to = r->mixed + span->first_row * row_bytes;
+            for (int64_t i = 0; i < heads * dim; i += LANES)
+                store_activation(m->kind, to, first * dim + i, load(out + i));
+        }
 }
 
 static void attend_together(struct runner *r, const struct span *span, int64_t kv_head, int64_t low, int64_t high,
@@ -346,21 +371,26 @@ static void attend_spans(struct runner *r, int thread, const struct span *spans,
     const struct model *m = r->model;
     char *scratch = r->scratch + thread * r->capacity_scratch;
     const int64_t group = m->num_heads / m->num_kv_heads, positions = QUERY_ROWS / group > 0 ? QUERY_ROWS / group : 1;
+    /* a row's heads together, so that its blocks are read once, unless that leaves threads without work */
+    const int64_t lone_items = num_spans < 2 * r->pool->num_threads && r->pool->num_threads > 1 ? m->num_kv_heads : 1;
     int64_t item = take(r->pool), passed = 0;
     for (int64_t i = 0; i < num_spans; i++) {
         const struct span *span = &spans[i];
-        const int64_t tiles = span->num_rows == 1 ? 1 : (span->num_rows + positions - 1) / positions;
-        for (; item < passed + tiles * m->num_kv_heads; item = take(r->pool)) {
-            const int64_t kv_head = (item - passed) % m->num_kv_heads;
+        const int64_t tiles = (span->num_rows + positions - 1) / positions;
+        const int64_t items = span->num_rows == 1 ? lone_items : tiles * m->num_kv_heads;
+        for (; item < passed + items; item = take(r->pool)) {
+            const int64_t place = item - passed;
+            if (span->num_rows == 1) {
+                const int64_t heads = m->num_kv_heads / lone_items;
+                attend_alone(r, span, place * heads, (place + 1) * heads, scratch);
+                continue;
+            }
             /* the last tiles see the most keys: they go first, so that threads end together */
-            const int64_t low = (tiles - 1 - (item - passed) / m->num_kv_heads) * positions;
-            if (span->num_rows == 1)
-                attend_alone(r, span, kv_head, scratch);
-            else
-                attend_together(r, span, kv_head, low,
-                                low + positions < span->num_rows ? low + positions : span->num_rows, scratch);
+            const int64_t low = (tiles - 1 - place / m->num_kv_heads) * positions;
+            attend_together(r, span, place % m->num_kv_heads, low,
+                            low + positions < span->num_rows ? low + positions : span->num_rows, scratch);
         }
-        passed += tiles * m->num_kv_heads;
+        passed += items;
     }
 }
 static void attend_all(void *context, int thread) {
@@ -503,7 +533,7 @@ static void share_head(void *context, int thread) {
     const struct sink sink = {SINK_FLOAT32, 0, m->vocab_size * 4, r->logits};
     const struct part panels = share_of(num_panels(&m->head), thread, r->pool->num_threads);
     multiply(&m->head, r->activation, m->hidden_size * element_bytes(m->kind), r->num_rows, panels.low, panels.high,
-             &sink);
+             &sink, room_for(r, thread));
 }
 
 /* Logits [num_kept, vocab_size] of the kept rows, in their order. */
@@ -549,11 +579,16 @@ struct runner *transload_open(const struct model *model, int64_t num_threads) {
     r->model = model;
     r->pool = pool_open((int)num_threads);
     if (!r->pool) return free(r), NULL;
+    if (has_groups(model) && !(r->room = allocate(room_of(model) * r->pool->num_threads))) {
+        pool_close(r->pool);
+        free(r);
+        return NULL;
+    }
     return r;
 }
 static void free_scratch(struct runner *r) {
     free(r->residual), free(r->qkv), free(r->activation), free(r->mixed), free(r->inner);
-    free(r->packed), free(r->scratch), free(r);
+    free(r->packed), free(r->scratch), free(r->room), free(r);
 }
 void transload_close(struct runner *r) {
     pool_close(r->pool);
@@ -588,8 +623,9 @@ static void multiply_rows(void *context, int thread) {
     const struct linear *linear = p->linear;
     const int64_t k = linear->num_inputs, element = element_bytes(linear->kind);
     const struct part panels = share_of(num_panels(linear), thread, p->pool ? p->pool->num_threads : 1);
-    const int narrow = linear->kind == KIND_BFLOAT16;
+    const int narrow = linear->kind != KIND_FLOAT32;
     char *widened = narrow && !PAIRED ? allocate(ROWS_TOGETHER * k * 4) : NULL;
+    char *room = is_grouped(linear->kind) ? allocate(room_bytes(k)) : NULL;
     for (int64_t low = 0; low < p->num_rows; low += ROWS_TOGETHER) {
         const int64_t rows = p->num_rows - low < ROWS_TOGETHER ? p->num_rows - low : ROWS_TOGETHER;
         const char *x = (const char *)p->x + low * k * (narrow ? 2 : 4);
@@ -600,12 +636,12 @@ static void multiply_rows(void *context, int thread) {
         }
         const int64_t out_bytes = linear->num_outputs * (narrow ? 2 : 4);
         const struct sink sink = {narrow ? SINK_BFLOAT16 : SINK_FLOAT32, 0, out_bytes, (char *)p->out + low * out_bytes};
-        multiply(linear, x, k * element, rows, panels.low, panels.high, &sink);
+        multiply(linear, x, k * element, rows, panels.low, panels.high, &sink, room);
     }
-    free(widened);
+    free(widened), free(room);
 }
 
-/* Rows of the weights' kind to rows of the same kind. */
+/* Rows of the weights' kind to rows of the same kind; of grouped weights bfloat16 to bfloat16. */
 void transload_multiply(const struct linear *linear, const void *x, int64_t num_rows, void *out, struct runner *r) {
     struct product product = {linear, x, out, num_rows, r ? r->pool : NULL};
     if (r)

@@ -15,6 +15,8 @@ import torch
 from transload.model.native.library import LayerStruct, Library, LinearStruct, load
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
+_GROUPED_KINDS = {"Q4_1": 2, "Q8_0": 3}
+_BLOCK_NUMBERS = 32
 _ARENA_BYTES = 64 << 20
 _ALIGNMENT = 64
 _STORED_BITS = {"Q4_1": (True, 20), "Q8_0": (False, 34)}
@@ -45,12 +47,14 @@ class Arena:
         return taken
 
 
-def fits(weight: torch.Tensor, split: int) -> bool:
-    """Whether the kernels can hold this weight [out, in]."""
-    if weight.device.type != "cpu" or weight.dtype not in KINDS or (library := load()) is None:
+def fits(weight: torch.Tensor, split: int, blocks: str = "") -> bool:
+    """Whether the kernels can hold this weight: numbers [out, in], or stored blocks of the GGUF kind `blocks`."""
+    if weight.device.type != "cpu" or (library := load()) is None:
         return False
+    if blocks:
+        return blocks in _GROUPED_KINDS and (split or len(weight)) % library.lanes == 0
     num_outputs, num_inputs = weight.shape
-    return (split or num_outputs) % library.lanes == 0 and num_inputs % library.lanes == 0
+    return weight.dtype in KINDS and (split or num_outputs) % library.lanes == 0 and num_inputs % library.lanes == 0
 
 
 def first_largest(rows_RV: torch.Tensor) -> torch.Tensor | None:
@@ -81,10 +85,16 @@ class PackedLinear:
     __slots__ = ("_arena", "_bias", "_library", "struct")
 
     def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, *, split: int = 0, arena: Arena | None = None
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        split: int = 0,
+        arena: Arena | None = None,
+        blocks: str = "",
     ) -> None:
-        """`weight` [out, in] that `fits`; it is copied. `split`: the weight stacks two of so many outputs, which a
-        feed-forward needs side by side; results are in the order of the weight all the same."""
+        """`weight` that `fits`, with the same `blocks`; it is copied. `split`: the weight stacks two of so many
+        outputs, which a feed-forward needs side by side; results are in the order of the weight all the same."""
         library = load()
         assert library is not None, "fits() was asked"
         self._library = library
@@ -92,12 +102,15 @@ class PackedLinear:
         self._bias = None if bias is None else bias.float().contiguous()
         weight = weight.contiguous()
         address = 0 if self._bias is None else self._bias.data_ptr()
-        self.struct = LinearStruct(*weight.shape, KINDS[weight.dtype], split, None, address or None)
+        num_outputs, width = weight.shape
+        kind = _GROUPED_KINDS[blocks] if blocks else KINDS[weight.dtype]
+        num_inputs = width // _STORED_BITS[blocks][1] * _BLOCK_NUMBERS if blocks else width
+        self.struct = LinearStruct(num_outputs, num_inputs, kind, split, None, address or None)
         self.struct.weight = self._arena.take(library.packed_bytes(ctypes.byref(self.struct)))
         library.pack(ctypes.byref(self.struct), weight.data_ptr())
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows [T, in] to rows [T, out], in the weight's dtype."""
+        """Rows [T, in] to rows [T, out], in the weight's dtype; of stored blocks in bfloat16."""
         x = x.contiguous()
         y = x.new_empty(x.shape[0], self.struct.num_outputs)
         self._library.multiply(ctypes.byref(self.struct), x.data_ptr(), x.shape[0], y.data_ptr(), None)

@@ -27,18 +27,18 @@ struct runner *transload_open_lane(struct runner *first) {
     if (!r) return NULL;
     r->model = first->model;
     r->pool = first->pool;
+    if (first->room && !(r->room = allocate(room_of(r->model) * r->pool->num_threads))) return free(r), NULL;
     return r;
 }
 void transload_close_lane(struct runner *r) { free_scratch(r); }
 
 /* Many rows: a thread takes some through the output projection and the norm. */
 static void rows_to_norm(void *context, int thread) {
-    (void)thread;
     struct runner *r = context;
     const int64_t at_once = rows_at_once(r, r->num_rows);
     for (int64_t low; (low = take(r->pool) * at_once) < r->num_rows;) {
         const struct part rows = {low, low + at_once < r->num_rows ? low + at_once : r->num_rows};
-        output_of(r, rows, (struct part){0, num_panels(&r->layer->output)});
+        output_of(r, thread, rows, (struct part){0, num_panels(&r->layer->output)});
         norm_rows(r, rows);
     }
 }
@@ -98,24 +98,24 @@ struct caller_rows {
     void *out;
 };
 
-static void plain_down_of(struct runner *r, struct part rows, struct part panels) {
+static void plain_down_of(struct runner *r, int thread, struct part rows, struct part panels) {
     const struct model *m = r->model;
     const int64_t bytes = m->intermediate_size * element_bytes(m->kind);
     const struct sink sink = {SINK_FLOAT32, 0, m->hidden_size * 4, r->residual + rows.low * m->hidden_size};
-    multiply(&r->layer->down, r->inner + rows.low * bytes, bytes, rows.high - rows.low, panels.low, panels.high, &sink);
+    multiply(&r->layer->down, r->inner + rows.low * bytes, bytes, rows.high - rows.low, panels.low, panels.high, &sink,
+             room_for(r, thread));
 }
 static void share_plain_down(void *context, int thread) {
     struct runner *r = context;
     share_outputs(r, thread, plain_down_of, &r->layer->down);
 }
 static void rows_through_plain_ffn(void *context, int thread) {
-    (void)thread;
     struct runner *r = context;
     const int64_t at_once = rows_at_once(r, r->num_rows);
     for (int64_t low; (low = take(r->pool) * at_once) < r->num_rows;) {
         const struct part rows = {low, low + at_once < r->num_rows ? low + at_once : r->num_rows};
-        inner_of(r, rows, (struct part){0, num_panels(&r->layer->gate_up)});
-        plain_down_of(r, rows, (struct part){0, num_panels(&r->layer->down)});
+        inner_of(r, thread, rows, (struct part){0, num_panels(&r->layer->gate_up)});
+        plain_down_of(r, thread, rows, (struct part){0, num_panels(&r->layer->down)});
     }
 }
 

@@ -8,30 +8,17 @@ package, bit for bit: the products are exact in float32. */
 
 #include "tiles.h"
 
-#define BLOCK_NUMBERS 32
+#define BLOCK_NUMBERS GROUP_INPUTS
 
-static float half_to_float(const unsigned char *from) {
-    const uint32_t half = from[0] | (uint32_t)from[1] << 8;
-    uint32_t bits = (half & 0x7fff) << 13;
-    const uint32_t scale_bits = 0x77800000; /* 2^112: shifts the exponent's bias, and normalises what is not normal */
-    float value, scale;
-    memcpy(&value, &bits, 4);
-    memcpy(&scale, &scale_bits, 4);
-    value *= scale;
-    memcpy(&bits, &value, 4);
-    if ((half & 0x7c00) == 0x7c00) bits = 0x7f800000 | (half & 0x3ff) << 13;
-    bits |= (half & 0x8000) << 16;
-    memcpy(&value, &bits, 4);
-    return value;
-}
+static float stored_half(const unsigned char *from) { return half_to_float((uint16_t)(from[0] | from[1] << 8)); }
 
 /* Blocks of Q4_1: a scale, a minimum, 32 numbers of 4 bits, low halves first. Or of Q8_0: a scale, 32 signed bytes. */
 static void read_stored(int four_bits, const unsigned char *from, int64_t num_blocks, int64_t kind, char *to) {
     float numbers[BLOCK_NUMBERS];
     for (int64_t block = 0; block < num_blocks; block++) {
-        const float scale = half_to_float(from);
+        const float scale = stored_half(from);
         if (four_bits) {
-            const float minimum = half_to_float(from + 2);
+            const float minimum = stored_half(from + 2);
             for (int i = 0; i < 16; i++) {
                 numbers[i] = scale * (from[4 + i] & 15) + minimum;
                 numbers[16 + i] = scale * (from[4 + i] >> 4) + minimum;

@@ -5,14 +5,16 @@ PANEL_VECTORS vectors (bfloat16: K / 2 groups, each lane a pair of consecutive i
 over the inputs whatever shares its tile, so a row's bits never depend on how many rows there are.
 
 `split` > 0: the first half of a panel's vectors are outputs of [0, split), the second half the same outputs of
-[split, 2 split): a gate and its up projection then meet in one tile. */
+[split, 2 split): a gate and its up projection then meet in one tile.
+
+Weights in groups of their own scales take the same ways, see groups.h: their rows are rounded to eight bits first. */
 
 #ifndef TRANSLOAD_TILES_H
 #define TRANSLOAD_TILES_H
 
-#include "vector.h"
+#include "groups.h"
 
-enum { KIND_FLOAT32 = 0, KIND_BFLOAT16 = 1 };
+enum { KIND_FLOAT32 = 0, KIND_BFLOAT16 = 1, KIND_FOUR_BITS = 2, KIND_EIGHT_BITS = 3 };
 
 struct linear {
     int64_t num_outputs, num_inputs, kind, split;
@@ -21,7 +23,9 @@ struct linear {
 };
 
 INLINE int64_t element_bytes(int64_t kind) { return kind == KIND_FLOAT32 || !PAIRED ? 4 : 2; }
+INLINE int is_grouped(int64_t kind) { return kind >= KIND_FOUR_BITS; }
 INLINE int64_t panel_bytes(int64_t kind, int64_t num_inputs) {
+    if (is_grouped(kind)) return group_panel_bytes(kind == KIND_FOUR_BITS, num_inputs);
     return num_inputs * PANEL_OUTPUTS * (kind == KIND_FLOAT32 ? 4 : 2);
 }
 INLINE int64_t num_panels(const struct linear *linear) {
@@ -35,7 +39,7 @@ INLINE int64_t first_output(int64_t split, int64_t panel, int vector) {
     return vector < half ? (panel * half + vector) * LANES : split + (panel * half + vector - half) * LANES;
 }
 
-/* Activations are stored as their kind's tiles read them. */
+/* Activations are stored as their kind's tiles read them; of grouped weights as of bfloat16. */
 INLINE void store_activation(int64_t kind, void *row, int64_t column, vf value) {
     if (kind == KIND_FLOAT32 || !PAIRED)
         store((float *)row + column, value);
@@ -197,10 +201,35 @@ static void sink_panel(const struct linear *linear, const struct sink *sink, int
     }
 }
 
-/* Rows [num_rows, K] of activations through panels [low, high). */
+#define ROUNDED_ROWS 96 /* at once: they stay in the second-level cache */
+INLINE int64_t room_bytes(int64_t num_inputs) { return ROUNDED_ROWS * rounded_row_bytes(num_inputs); }
+
+static void multiply_groups(const struct linear *linear, const char *x, int64_t row_bytes, int64_t num_rows,
+                            int64_t low, int64_t high, const struct sink *sink, char *room) {
+    vf sums[GROUP_TILE_ROWS * PANEL_VECTORS];
+    const int64_t k = linear->num_inputs, stride = panel_bytes(linear->kind, k), rounded = rounded_row_bytes(k);
+    for (int64_t first = 0; first < num_rows; first += ROUNDED_ROWS) {
+        const int64_t count = num_rows - first < ROUNDED_ROWS ? num_rows - first : ROUNDED_ROWS;
+        for (int64_t row = 0; row < count; row++)
+            round_row(element_bytes(linear->kind) == 2, x + (first + row) * row_bytes, k, room + row * rounded);
+        for (int64_t panel = low; panel < high; panel++) {
+            const char *weight = (const char *)linear->weight + panel * stride;
+            for (int64_t row = 0, rows; row < count; row += rows) {
+                rows = count - row < GROUP_TILE_ROWS ? count - row : GROUP_TILE_ROWS;
+                GROUP_TILE_OF[linear->kind == KIND_FOUR_BITS][rows](room + row * rounded, rounded, weight, k, sums);
+                for (int64_t i = 0; i < rows; i++)
+                    sink_panel(linear, sink, panel, first + row + i, sums + i * PANEL_VECTORS);
+            }
+        }
+    }
+}
+
+/* Rows [num_rows, K] of activations through panels [low, high). `room`: room_bytes of scratch where the weights are
+   grouped. */
 static void multiply(const struct linear *linear, const void *x, int64_t row_bytes, int64_t num_rows, int64_t low,
-                     int64_t high, const struct sink *sink) {
+                     int64_t high, const struct sink *sink, char *room) {
     vf sums[8 * PANEL_VECTORS];
+    if (is_grouped(linear->kind)) return multiply_groups(linear, x, row_bytes, num_rows, low, high, sink, room);
     const int64_t stride = panel_bytes(linear->kind, linear->num_inputs);
     const int64_t tiles = (num_rows + TILE_ROWS - 1) / TILE_ROWS, base = num_rows / tiles, more = num_rows % tiles;
     int64_t panel = low;
@@ -223,10 +252,26 @@ static void multiply(const struct linear *linear, const void *x, int64_t row_byt
     }
 }
 
+static void pack_groups(const struct linear *linear, const char *rows) {
+    const int four_bits = linear->kind == KIND_FOUR_BITS;
+    const int64_t k = linear->num_inputs, stride = panel_bytes(linear->kind, k);
+    const int64_t row_bytes = k / GROUP_INPUTS * (four_bits ? BYTES_OF_Q4_1 : BYTES_OF_Q8_0);
+    for (int64_t panel = 0; panel < num_panels(linear); panel++)
+        for (int v = 0; v < PANEL_VECTORS; v++) {
+            const int64_t first = first_output(linear->split, panel, v);
+            const int second_half = linear->split && v >= PANEL_VECTORS / 2;
+            const int64_t end = linear->split && !second_half ? linear->split : linear->num_outputs;
+            for (int lane = 0; lane < LANES && first + lane < end; lane++)
+                pack_group_row(four_bits, rows + (first + lane) * row_bytes, k, v, lane,
+                               (char *)linear->weight + panel * stride);
+        }
+}
+
 #define PACK_INPUTS 32 /* of a row at once: a panel's part then stays in the first-level cache while it fills */
 
-/* Fill `linear->weight`, which is zero, from rows [N, K] of the same kind. */
+/* Fill `linear->weight`, which is zero, from rows [N, K] of the same kind; grouped ones as GGUF files store them. */
 static void pack(const struct linear *linear, const void *rows) {
+    if (is_grouped(linear->kind)) return pack_groups(linear, rows);
     const int64_t n = linear->num_outputs, k = linear->num_inputs, words = linear->kind == KIND_FLOAT32 ? k : k / 2;
     for (int64_t panel = 0; panel < num_panels(linear); panel++) {
         uint32_t *to = (uint32_t *)((char *)linear->weight + panel * panel_bytes(linear->kind, k));

@@ -47,6 +47,9 @@ typedef float vf __attribute__((vector_size(VECTOR_BYTES), may_alias));
 typedef int32_t vi __attribute__((vector_size(VECTOR_BYTES), may_alias));
 typedef uint32_t vu __attribute__((vector_size(VECTOR_BYTES), may_alias));
 typedef uint16_t vh __attribute__((vector_size(VECTOR_BYTES / 2), may_alias));
+typedef int16_t vs __attribute__((vector_size(VECTOR_BYTES), may_alias));
+typedef uint16_t vus __attribute__((vector_size(VECTOR_BYTES), may_alias));
+typedef int8_t vb __attribute__((vector_size(VECTOR_BYTES), may_alias));
 typedef float vf_any __attribute__((vector_size(VECTOR_BYTES), may_alias, aligned(4)));
 typedef uint32_t vu_any __attribute__((vector_size(VECTOR_BYTES), may_alias, aligned(4)));
 typedef uint16_t vh_any __attribute__((vector_size(VECTOR_BYTES / 2), may_alias, aligned(2)));
@@ -82,6 +85,104 @@ INLINE void store_bf16(uint16_t *to, vf value) {
     *(vh_any *)to = __builtin_convertvector(rounded(value), vh);
 }
 
+/* Sixteen-bit floats, exactly. */
+INLINE float half_to_float(uint16_t half) {
+    uint32_t bits = (uint32_t)(half & 0x7fff) << 13;
+    const uint32_t scale_bits = 0x77800000; /* 2^112: shifts the exponent's bias, and normalises what is not normal */
+    float value, scale;
+    memcpy(&value, &bits, 4);
+    memcpy(&scale, &scale_bits, 4);
+    value *= scale;
+    memcpy(&bits, &value, 4);
+    if ((half & 0x7c00) == 0x7c00) bits = 0x7f800000 | (half & 0x3ff) << 13;
+    bits |= (uint32_t)(half & 0x8000) << 16;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+INLINE vf load_halves(const uint16_t *from) {
+#if VECTOR_BYTES == 64
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i_u *)from));
+#elif VECTOR_BYTES == 32 && defined(__F16C__)
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i_u *)from));
+#else
+    vf value;
+    for (int lane = 0; lane < LANES; lane++) value[lane] = half_to_float(from[lane]);
+    return value;
+#endif
+}
+
+/* Bytes. Each lane of 16 bits: two unsigned bytes times two signed ones, added up; the sum has to fit. */
+INLINE vs multiply_bytes(vb unsigned_bytes, vb signed_bytes) {
+#if VECTOR_BYTES == 64
+    return (vs)_mm512_maddubs_epi16((__m512i)unsigned_bytes, (__m512i)signed_bytes);
+#elif VECTOR_BYTES == 32
+    return (vs)_mm256_maddubs_epi16((__m256i)unsigned_bytes, (__m256i)signed_bytes);
+#else
+    const vs left = (vs)unsigned_bytes, right = (vs)signed_bytes;
+    return (left & 0xff) * (right << 8 >> 8) + (vs)((vus)left >> 8) * (right >> 8);
+#endif
+}
+/* Each lane of 32 bits: its two halves added up. */
+INLINE vi add_halves(vs values) {
+#if VECTOR_BYTES == 64
+    return (vi)_mm512_madd_epi16((__m512i)values, _mm512_set1_epi16(1));
+#elif VECTOR_BYTES == 32
+    return (vi)_mm256_madd_epi16((__m256i)values, _mm256_set1_epi16(1));
+#else
+    return ((vi)values << 16 >> 16) + ((vi)values >> 16);
+#endif
+}
+INLINE vb magnitude(vb value) {
+#if VECTOR_BYTES == 64
+    return (vb)_mm512_abs_epi8((__m512i)value);
+#elif VECTOR_BYTES == 32
+    return (vb)_mm256_abs_epi8((__m256i)value);
+#else
+    const vb negative = value < 0;
+    return (value ^ negative) - negative;
+#endif
+}
+/* `value` negated where `other` is negative; whatever where it is zero. */
+INLINE vb signed_like(vb value, vb other) {
+#if VECTOR_BYTES == 64
+    const __m512i v = (__m512i)value;
+    return (vb)_mm512_mask_sub_epi8(v, _mm512_movepi8_mask((__m512i)other), _mm512_setzero_si512(), v);
+#elif VECTOR_BYTES == 32
+    return (vb)_mm256_sign_epi8((__m256i)value, (__m256i)other);
+#else
+    const vb negative = other < 0;
+    return (value ^ negative) - negative;
+#endif
+}
+INLINE vb all_four_bytes(const void *from) {
+    int32_t four;
+    memcpy(&four, from, 4);
+    return (vb)(four - (vi){0});
+}
+
+INLINE int32_t largest_int(vi value) {
+#if VECTOR_BYTES == 32
+    __m128i part = _mm_max_epi32(_mm256_castsi256_si128((__m256i)value), _mm256_extracti128_si256((__m256i)value, 1));
+    part = _mm_max_epi32(part, _mm_shuffle_epi32(part, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(part, _mm_shuffle_epi32(part, 0xb1)));
+#else
+    int32_t best = value[0];
+    for (int lane = 1; lane < LANES; lane++) best = value[lane] > best ? value[lane] : best;
+    return best;
+#endif
+}
+INLINE int32_t sum_ints(vi value) {
+#if VECTOR_BYTES == 32
+    __m128i part = _mm_add_epi32(_mm256_castsi256_si128((__m256i)value), _mm256_extracti128_si256((__m256i)value, 1));
+    part = _mm_add_epi32(part, _mm_shuffle_epi32(part, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(part, _mm_shuffle_epi32(part, 0xb1)));
+#else
+    int32_t sum = 0;
+    for (int lane = 0; lane < LANES; lane++) sum += value[lane];
+    return sum;
+#endif
+}
+
 INLINE float sum_lanes(vf value) {
     float sum = 0;
     for (int lane = 0; lane < LANES; lane++) sum += value[lane];
@@ -108,6 +209,14 @@ INLINE vf add_neighbours(vf a, vf b) {
 
 /* Lane i of the result is the sum of all lanes of parts[i]; `parts` is used up. */
 INLINE vf sums_of(vf parts[LANES]) {
+#if VECTOR_BYTES == 32
+    __m256 four[2];
+    for (int i = 0; i < 2; i++)
+        four[i] = _mm256_hadd_ps(_mm256_hadd_ps((__m256)parts[4 * i], (__m256)parts[4 * i + 1]),
+                                 _mm256_hadd_ps((__m256)parts[4 * i + 2], (__m256)parts[4 * i + 3]));
+    return (vf)_mm256_add_ps(_mm256_permute2f128_ps(four[0], four[1], 0x20),
+                             _mm256_permute2f128_ps(four[0], four[1], 0x31));
+#endif
 #pragma GCC unroll 4
     for (int width = LANES / 2; width > 0; width /= 2)
 #pragma GCC unroll 8

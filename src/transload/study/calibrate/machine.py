@@ -19,6 +19,7 @@ from transload.deploy.spec import Deployment
 from transload.errors import DeploymentError
 from transload.hardware.cost.measured import MeasuredStepCost
 from transload.hardware.measured import MeasuredSteps, Reference, Slowdown
+from transload.model.native.library import load
 from transload.model.source import ModelFiles, locate
 from transload.study.calibrate import fit as fitting
 from transload.study.calibrate.effort import Effort, Say, warn_if_busy
@@ -45,7 +46,7 @@ def calibrate_machine(deployment: Deployment, effort: Effort, say: Say, *, comma
     """
     warn_if_busy(say)
     files = locate(deployment.model)
-    placement = place(deployment, read_machine(), files.arch)
+    placement = place(deployment, read_machine(has_kernels=load() is not None), files.arch)
     plans = _representatives(placement)
     if any(plan.hop is not None for plan in placement.workers):
         return _as_served(deployment, placement, files, effort, say, command=command)

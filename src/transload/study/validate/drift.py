@@ -9,6 +9,7 @@ from transload.deploy.machine import read_machine
 from transload.deploy.placement import place
 from transload.deploy.spec import Deployment
 from transload.hardware.measured import MeasuredSteps, Reference, Slowdown
+from transload.model.native.library import load
 from transload.model.source import locate
 from transload.study.calibrate.probes import Probe, probes
 from transload.study.calibrate.reference import drift, measure_reference, typical
@@ -36,7 +37,7 @@ def watch_drift(deployment: Deployment, measured: MeasuredSteps) -> Iterator[Dri
     if measured.reference is None:
         yield None
         return
-    placement = place(deployment, read_machine(), locate(deployment.model).arch)
+    placement = place(deployment, read_machine(has_kernels=load() is not None), locate(deployment.model).arch)
     plan = next(plan for plan in placement.workers if plan.role != "ffn" and plan.starts_here)
     with probes([plan]) as (probe,):
         yield DriftWatch(probe)
