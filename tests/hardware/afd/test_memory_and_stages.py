@@ -128,7 +128,7 @@ def test_a_slow_link_shows_and_two_micro_batches_hide_a_fast_one() -> None:
         for wire in (FAST, slow)
     ]  # fmt: skip
     fast, exposed = (report(worker.pipeline(96, 96 * 8192, attention_workers=28)) for worker in workers)
-    assert fast.exposed_share < 0.02
+    assert fast.exposed_share < 0.03
     assert exposed.exposed_share > 0.3
 
 
