@@ -11,12 +11,13 @@ import msgspec
 
 from transload.deploy.load import to_yaml
 from transload.deploy.spec import Deployment, Targets
+from transload.hardware.measured import MeasuredSteps
 from transload.runtime.base import Waterfall
 from transload.study.calibrate.effort import warn_if_busy
 from transload.study.calibrate.server import Played, ServerProcess, new_folder, play
 from transload.study.curves import latency_curves
 from transload.study.metrics import Distribution, Summary, summarize
-from transload.study.provenance import machine_facts, versions
+from transload.study.provenance import MachineFacts, machine_facts, versions
 from transload.study.report.sources import with_timeline
 from transload.study.result import Result
 from transload.study.timeline import Timeline, read_timeline
@@ -49,6 +50,17 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     """Simulate the machine as fast as it was around each load, not as fast as when it was calibrated."""
 
 
+class _Case(msgspec.Struct, frozen=True, kw_only=True):
+    """One deployment under one load."""
+
+    comparison: Comparison
+    measured: Summary
+    measured_stages: dict[str, Distribution]
+    simulated: Summary
+    played: PlayedLoad
+    results: tuple[Result, Result]
+
+
 def validate(
     cases: Sequence[tuple[str, Deployment]], chip_path: str, load: Load, say: Say, *, command: tuple[str, ...]
 ) -> tuple[Validation, list[Result]]:
@@ -59,12 +71,7 @@ def validate(
     warn_if_busy(say)
     measured = measured_of(chip_path)
     started_at, machine = datetime.now(UTC).isoformat(timespec="seconds"), machine_facts()
-    comparisons: list[Comparison] = []
-    real: list[Summary] = []
-    stages: list[dict[str, Distribution]] = []
-    virtual: list[Summary] = []
-    loads: list[PlayedLoad] = []
-    results: list[Result] = []
+    found: list[_Case] = []
     for name, deployment in cases:
         workloads = list(_workloads(deployment, chip_path, load, say))
         with (
@@ -85,16 +92,34 @@ def validate(
                     deployment, chip_path, workload, drift=drift if load.follows_drift else None, name=name
                 )
                 summary = summarize(played.records, Targets())
-                real_stages = stage_distributions([_seconds_by_stage(each) for each in played.waterfalls])
-                compared = compare(name, words, summary, simulated.summary, real_stages, simulated.stages)
-                comparisons.append(msgspec.structs.replace(compared, drift=drift))
-                real.append(summary)
-                stages.append(real_stages)
-                virtual.append(simulated.summary)
-                loads.append(load_of(deployment, workload, speed))
+                stages = stage_distributions([_seconds_by_stage(each) for each in played.waterfalls])
+                compared = compare(name, words, summary, simulated.summary, stages, simulated.stages)
                 timeline = read_timeline(server.event_log)
-                results += [_real_result(name, deployment, workload, summary, played, timeline), simulated.result]
-    done = Validation(
+                real = _real_result(name, deployment, workload, summary, played, timeline)
+                found.append(
+                    _Case(
+                        comparison=msgspec.structs.replace(compared, drift=drift),
+                        measured=summary,
+                        measured_stages=stages,
+                        simulated=simulated.summary,
+                        played=load_of(deployment, workload, speed),
+                        results=(real, simulated.result),
+                    )
+                )
+    done = _summed_up(found, measured, started_at, machine, command, follows_drift=load.follows_drift)
+    return done, [result for case in found for result in case.results]
+
+
+def _summed_up(
+    found: Sequence[_Case],
+    chip: MeasuredSteps,
+    started_at: str,
+    machine: MachineFacts,
+    command: tuple[str, ...],
+    *,
+    follows_drift: bool,
+) -> Validation:
+    return Validation(
         command=command,
         started_at=started_at,
         commit=commit_of_this(),
@@ -102,15 +127,14 @@ def validate(
         versions=versions(),
         simulated_by=command,
         simulated_commit=commit_of_this(),
-        chip=measured,
-        follows_drift=load.follows_drift,
-        comparisons=tuple(comparisons),
-        measured=tuple(real),
-        measured_stages=tuple(stages),
-        simulated=tuple(virtual),
-        played=tuple(loads),
+        chip=chip,
+        follows_drift=follows_drift,
+        comparisons=tuple(case.comparison for case in found),
+        measured=tuple(case.measured for case in found),
+        measured_stages=tuple(case.measured_stages for case in found),
+        simulated=tuple(case.simulated for case in found),
+        played=tuple(case.played for case in found),
     )
-    return done, results
 
 
 def _real_result(
