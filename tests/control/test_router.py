@@ -7,7 +7,7 @@ import pytest
 from tests.control.feeding import ROLES, a_request
 from transload.control.messages import CacheChanged, Request, WorkerId, WorkerJoined
 from transload.control.rates import LinkRate
-from transload.control.router import Decision, LocalPrefill, Policy, Router
+from transload.control.router import Decision, LocalPrefill, Policy, Router, uncached_tokens
 from transload.control.views import WorkerView
 
 
@@ -250,3 +250,16 @@ def test_what_fits_no_worker_is_said_to_fit_none(max_tokens: int, possible: bool
     problem = cluster.router.why_never(request, list(cluster.views.values()))
     assert problem == (None if possible else "needs 257 tokens of KV cache; no worker holds more than 256")
     assert cluster.router.why_never(request, []) is None
+
+
+@pytest.mark.parametrize(("transport", "holder"), [("direct", "d0"), ("shm", "p0")])
+def test_a_prefill_rests_on_the_cache_that_its_steps_read(transport: str, holder: str) -> None:
+    """In place that is the decode worker's; where cells are copied it is the prefill worker's own."""
+    cluster = Cluster("p0 d0")
+    cluster.links[WorkerId("p0"), WorkerId("d0")] = LinkRate(1e12, 1e-4, transport)
+    link, request = cluster.links[WorkerId("p0"), WorkerId("d0")], a_request(1, 100)
+    cluster.cache(holder, request, 20)
+    views = cluster.views
+    assert uncached_tokens(request, 100, views["p0"], views["d0"], link) == 20
+    cluster.cache({"d0": "p0", "p0": "d0"}[holder], request, 25)
+    assert uncached_tokens(request, 100, views["p0"], views["d0"], link) == 20

@@ -53,7 +53,7 @@ from transload.control.messages import (
     WorkerJoined,
 )
 from transload.control.rates import LinkRate
-from transload.control.router import Decision, Router, expected_tokens
+from transload.control.router import Decision, Router, expected_tokens, uncached_tokens
 from transload.control.tracking import Tracked
 from transload.control.views import WorkerView
 
@@ -174,7 +174,8 @@ class Controller:
         else:
             prefill = self.views[decision.prefill]
             decode.commit(request, num_tokens, 0)
-            uncached = tracked.num_known - prefill.num_cached_tokens(request.block_keys)
+            link = self.links.get((decision.prefill, decision.decode))
+            uncached = uncached_tokens(request, tracked.num_known, prefill, decode, link)
             prefill.commit(request, tracked.num_known, uncached)
             tracked.enter("reserving")
             tracked.begin_stage("reserve", decision.decode, now)

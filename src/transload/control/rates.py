@@ -60,6 +60,11 @@ class LinkRate:
         self.latency_seconds = latency_seconds
         self.transport = transport
 
+    @property
+    def is_in_place(self) -> bool:
+        """Prefill works in the blocks of the decode worker, and reads what that has cached."""
+        return self.transport == "direct"
+
     def seconds(self, num_bytes: float) -> float:
         """Time for so many bytes on an otherwise idle link."""
         return self.latency_seconds + num_bytes / self.bytes_per_second

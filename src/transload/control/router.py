@@ -39,6 +39,14 @@ def expected_tokens(request: Request, num_known: int, expected_outputs: float) -
     return num_known + int(min(remaining, expected_outputs))
 
 
+def uncached_tokens(
+    request: Request, num_known: int, prefill: WorkerView, decode: WorkerView, link: LinkRate | None
+) -> int:
+    """How many tokens the prefill worker has to compute for that decode worker."""
+    cache = decode if link is not None and link.is_in_place else prefill
+    return num_known - cache.num_cached_tokens(request.block_keys)
+
+
 class Router:
     """Chooses workers. Holds nothing but the turn of `round_robin`."""
 
@@ -142,9 +150,9 @@ class Router:
         cached = decode.num_cached_tokens(request.block_keys)
 
         def remote_seconds(view: WorkerView) -> float:
-            uncached = max(1, num_known - view.num_cached_tokens(request.block_keys))
-            compute = view.prefill_rate.seconds(uncached)
-            wire = links[view.worker, decode.worker].seconds((num_known - cached) * decode.kv_bytes_per_token)
+            link = links[view.worker, decode.worker]
+            compute = view.prefill_rate.seconds(max(1, uncached_tokens(request, num_known, view, decode, link)))
+            wire = link.seconds((num_known - cached) * decode.kv_bytes_per_token)
             exposed = max(wire - compute, wire / FRAMES_PER_CHUNK)
             return view.queue_seconds() + compute + exposed
 

@@ -76,7 +76,8 @@ class VirtualLinks:
 
     def _measure(self, link: Link) -> None:
         rate, latency = link.wire.bytes_per_second, link.wire.latency_seconds
-        self._runtime.tell_controller(LinkMeasured(link.source.name, link.target.name, "virtual", rate, latency))
+        transport = "direct" if link.window is not None else "virtual"
+        self._runtime.tell_controller(LinkMeasured(link.source.name, link.target.name, transport, rate, latency))
 
     def scale_pools(self, source_pool: str, target_pool: str, factor: float) -> None:
         """From now on the wires from one pool to another give so much of what they should."""
