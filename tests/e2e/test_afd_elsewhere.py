@@ -7,25 +7,35 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.e2e.live import LiveServer, eventually
-from tests.e2e.test_afd import STREAMED, counts, golden, stream
-from tests.e2e.test_exact import EXACT
+from tests.e2e.test_afd import counts
+from tests.e2e.test_afd_experts import LENGTHS, SHORT, complete, greedy
 from tests.e2e.test_two_hosts import HERE, TOKEN, other_host, worker_by_hand
+from tests.model.tiny_models import saved, tiny_model
+from tests.model.tiny_tokenizers import byte_level, saved_tokenizer
 
 __all__ = ["other_host"]  # a fixture
 pytestmark = pytest.mark.slow
-FOLDER = Path(__file__).parent
-EXPECTED = [golden(prompt) for prompt in STREAMED]
+EXACT = ("--dtype", "float32", "--deterministic")
+
+
+@pytest.fixture(scope="module")
+def oracle() -> Any:
+    return tiny_model("llama-biases").float().eval()
 
 
 @contextlib.contextmanager
-def waiting_server(file: str, *changes: str) -> Iterator[LiveServer]:
-    """A server that waits for workers to join."""
+def waiting_server(oracle: Any, folder: Path, file: str, *changes: str) -> Iterator[LiveServer]:
+    """A server of a tiny model that waits for workers to join."""
+    saved(oracle, folder)
+    saved_tokenizer(byte_level(), folder)
     flags = [flag for change in changes for flag in ("--set", change)]
-    server = LiveServer(str(FOLDER / file), *EXACT, *flags, wait=False)
+    deployment = str(Path(__file__).parent / file)
+    server = LiveServer(deployment, "--model", str(folder), *EXACT, *flags, wait=False)
     try:
         yield server
         server.check_idle()
@@ -38,42 +48,40 @@ def address(server: LiveServer) -> str:
     return server.wait_for_output(r"--join (\S+) --name ffn-0").group(1)
 
 
-def calls_by(server: LiveServer, worker: str) -> float:
-    return server.metric("transload_ffn_calls_total", worker=worker)
-
-
 @pytest.mark.netns
 def test_two_attention_workers_call_one_on_another_host_and_go_on_when_it_is_killed(
-    other_host: str, monkeypatch: pytest.MonkeyPatch
+    other_host: str, oracle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRANSLOAD_JOIN_TOKEN", TOKEN)
-    with waiting_server("two_attention_ffn_elsewhere.yaml", f"server.join_host={HERE}") as server:
+    changes = (f"server.join_host={HERE}", "router.policy=round_robin")
+    with waiting_server(oracle, tmp_path, "two_attention_ffn_elsewhere.yaml", *changes) as server:
         join = address(server)
         with worker_by_hand(join, "ffn-0", other_host) as worker:
             server.wait_until_ready()
-            assert stream(server, lambda: None) == EXPECTED
-            assert stream(server, lambda: None) == EXPECTED
+            assert complete(server, SHORT) == greedy(oracle, SHORT)
             for attention in ("attention-0", "attention-1"):
                 assert server.workers()[attention]["ffn_links"] == {"ffn-0": "tcp"}
-            eventually(lambda: all(calls_by(server, f"attention-{number}") > 0 for number in (0, 1)))
-            assert server.metric("transload_ffn_fallbacks_total") == 0
-            assert server.metric("transload_ffn_busy_share", worker="ffn-0") > 0
+                eventually(lambda name=attention: server.metric("transload_ffn_calls_total", worker=name) > 0)  # type: ignore[misc]
+            eventually(lambda: server.metric("transload_ffn_computed_rows_total", worker="ffn-0") > 0)
             assert server.metric("transload_ffn_hop_seconds_count") > 0
-            assert stream(server, worker.kill) == EXPECTED
+            assert server.metric("transload_ffn_fallbacks_total") == 0
+            assert complete(server, LENGTHS, worker.kill) == greedy(oracle, LENGTHS)
         eventually(lambda: server.metric("transload_ffn_fallbacks_total") > 0)
+        rows = server.metric("transload_ffn_computed_rows_total", worker="ffn-0")
         with worker_by_hand(join, "ffn-0", other_host):
             eventually(lambda: server.workers()["attention-0"].get("ffn_links") == {"ffn-0": "tcp"})
-            pid = server.pid("attention-0")
-            assert stream(server, lambda: server.kill("attention-0")) == EXPECTED
-            server.wait_for_worker("attention-0", other_than=pid)
-            eventually(lambda: server.metric("transload_ffn_computed_rows_total", worker="ffn-0") > 0)
+            assert complete(server, LENGTHS, lambda: server.kill("attention-0")) == greedy(oracle, LENGTHS)
+            eventually(lambda: server.metric("transload_ffn_computed_rows_total", worker="ffn-0") > rows)
 
 
 def test_one_of_two_workers_that_were_started_by_hand_is_enough_and_another_may_join_again(
-    monkeypatch: pytest.MonkeyPatch,
+    oracle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRANSLOAD_JOIN_TOKEN", TOKEN)
-    with waiting_server("one_attention_two_ffn_elsewhere.yaml") as server, contextlib.ExitStack() as workers:
+    with (
+        waiting_server(oracle, tmp_path, "one_attention_two_ffn_elsewhere.yaml") as server,
+        contextlib.ExitStack() as workers,
+    ):
         join = address(server)
 
         def start(name: str) -> subprocess.Popen[bytes]:
@@ -81,11 +89,11 @@ def test_one_of_two_workers_that_were_started_by_hand_is_enough_and_another_may_
 
         first, _ = start("ffn-0"), start("ffn-1")
         server.wait_until_ready()
-        assert stream(server, first.kill) == EXPECTED
+        assert complete(server, LENGTHS, first.kill) == greedy(oracle, LENGTHS)
         eventually(lambda: server.workers()["attention-0"].get("ffn_links") == {"ffn-1": "tcp"})
         start("ffn-0")
         eventually(lambda: len(server.workers()["attention-0"].get("ffn_links", {})) == 2)
         before = counts(server, "ffn-0").get("requests", 0)
-        assert stream(server, lambda: None) == EXPECTED
+        assert complete(server, SHORT) == greedy(oracle, SHORT)
         eventually(lambda: counts(server, "ffn-0").get("requests", 0) > before)
         assert server.metric("transload_ffn_fallbacks_total") == 0
