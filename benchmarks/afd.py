@@ -216,7 +216,7 @@ def address_of(listener: Listener) -> PeerAddress:
 
 
 def plan(topology: str, worker: str, options: argparse.Namespace, *changes: str) -> WorkerPlan:
-    told = (f"model.dtype={options.dtype}", "model.max_context=4096", *changes)
+    told = (f"model.dtype={options.dtype}", "model.max_context=1024", "pools.aggregated.memory=512 MiB", *changes)
     deployment = resolve(topology=topology, overrides=[parse_override(change) for change in told])
     placement = place(deployment, read_machine(), locate(deployment.model).arch)
     return next(found for found in placement.workers if found.name == worker)

@@ -116,6 +116,7 @@ class RemoteWorker:
 
     def _adopt(self, wire: Wire[ToFrontEndFrame]) -> None:
         self._wire = wire
+        self._heard_at = time.monotonic()  # however long nobody has come
         wire.on_message = self._take
         wire.on_lost = self._lost
         wire.send(self._welcome)
