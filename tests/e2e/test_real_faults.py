@@ -27,13 +27,13 @@ from transload.model.embedded import SMOLLM2
 pytestmark = pytest.mark.slow
 EXACT = ("--dtype", "float32", "--deterministic", "--set", "router.local_prefill=fallback")
 TCP = str(Path(__file__).parents[2] / "deployments" / "1p1d-tcp.yaml")
-MAX_TOKENS = 48
-NUM_CALLERS = 4
+MAX_TOKENS = 24
+NUM_CALLERS = 3
 
 
 def busy(server: LiveServer, seconds: float, *, pause_seconds: float, seed: int) -> tuple[Load, Counter[str]]:
     """Streams for a while, and somebody who disturbs."""
-    right = undisturbed(server, PROMPTS[:4], MAX_TOKENS)
+    right = undisturbed(server, PROMPTS[:3], MAX_TOKENS)
     random, done = Random(seed), Counter[str]()
     load = Load(server, right, num_callers=NUM_CALLERS, max_tokens=MAX_TOKENS)
     end = time.monotonic() + seconds
@@ -64,9 +64,9 @@ def test_bits_changed_between_two_workers_never_reach_a_text() -> None:
     """The whole and right text all the same: a handoff that fails is done again, or the decode worker prefills."""
     environment = {"FLIP_EVERY_BYTES": str(1 << 19), "FLIP_SEED": "3"}
     with leaves_no_files(), LiveServer(TCP, *EXACT, module="tests.e2e.proxied", environment=environment) as server:
-        right = undisturbed(server, PROMPTS[:4], 8)
+        right = undisturbed(server, PROMPTS[:3], 8)
         for turn in range(4):
-            for prompt in PROMPTS[:4]:
+            for prompt in PROMPTS[:3]:
                 long = f"{prompt} {'and so on ' * (40 + turn)}"
                 first, second = (ask(server.client, long, 8) for _ in range(2))
                 assert judge(first, second) == "whole", (vars(first), vars(second))

@@ -14,7 +14,8 @@ import pytest
 from tests.schedules import draw, judge, judge_calm, play, play_calm
 from tests.shrink import failure_of, shrink, story
 from tests.world import World
-from transload.control.messages import Frame, KvData, KvDone, KvReady, WorkerId
+from transload.control.messages import Frame, HandoffFailed, KvData, KvDone, KvReady, WorkerId
+from transload.runtime.cost import LinearCost
 
 SCHEDULES = 10_000
 CALM_SCHEDULES = 200
@@ -72,6 +73,20 @@ def test_a_lost_ready_frees_the_sender_when_its_lease_ends() -> None:
     world.check_complete()
     assert "HandoffFailed" in world.names("controller")
     assert world.runtime.controller.ended[request].epoch == 0, "the decode worker had all it needed"
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_grant_does_not_outlive_the_link_it_was_made_for(in_place: bool) -> None:
+    """The link breaks and is there again while the grant is on its way over the controller: its blocks have been given
+    up, and the sender, which writes straight into them, must not take it for one of the new link."""
+    world = World("p0 d0", in_place=in_place, cost=LinearCost(control_latency_seconds=0.1))
+    request = world.ask(1.0, list(range(30)), 5)
+    world.runtime.cut(1.16, WorkerId("p0"), WorkerId("d0"), 0.01)
+    world.run()
+    world.check_complete()
+    assert world.runtime.controller.ended[request].epoch == 1
+    failed = [event for _, _, event in world.events if isinstance(event, HandoffFailed)]
+    assert {event.worker for event in failed} == {"p0", "d0"}
 
 
 def test_data_of_an_older_epoch_is_dropped() -> None:

@@ -55,6 +55,19 @@ def test_workers_of_one_host_share_memory_unless_told_otherwise() -> None:
             assert other.next() == PeerUp(one.name, one_sided)
 
 
+def test_a_link_has_one_name_at_both_ends_and_the_next_one_another() -> None:
+    with Worker("a") as one, Worker("b") as other:
+        for _ in range(2):
+            one.links.connect(other.name, other.links.address, "tcp")
+            for worker in (one, other):
+                assert isinstance(worker.next(), PeerUp)
+            one.links.disconnect(other.name)
+            for worker in (one, other):
+                assert isinstance(worker.next(), PeerLost)
+    assert one.link_names == other.link_names
+    assert len({0, *one.link_names}) == 3
+
+
 def test_workers_of_two_hosts_use_tcp_and_cannot_be_told_to_share_memory() -> None:
     with Worker("a") as one, Worker("b") as other:
         elsewhere = msgspec.structs.replace(other.links.address, host_id="another kernel")

@@ -95,7 +95,8 @@ class Exchange:
         """Name a transfer that may fill the work's blocks from `first_block` on."""
         transfer = TransferId(self._random.getrandbits(63))
         prefix = tuple(work.blocks[:first_block]) if self.works_in_place(source) else ()
-        grant = Grant(transfer, tuple(work.blocks[first_block:]), first_block, to_ms(self._lease_seconds), prefix)
+        lease_ms, name = to_ms(self._lease_seconds), self._peers[source].name
+        grant = Grant(transfer, tuple(work.blocks[first_block:]), first_block, lease_ms, prefix, name)
         work.receiver = KvReceiver(source, work.epoch, grant, self._num_layers, Lease(self._lease_seconds))
         self._receiving[transfer] = work
         self._out.append(ExpectKv(transfer, work.epoch, source, first_block, grant.blocks))
@@ -110,6 +111,8 @@ class Exchange:
         link = self._peers.get(target)
         if link is None:
             return f"no link to {target}"
+        if grant.link_name != link.name:  # what it grants may be somebody else's by now
+            return f"the link to {target} for which it was granted is gone"
         table = (*grant.prefix, *grant.blocks)
         in_place = link.window is not None and len(grant.prefix) == grant.first_block
         if in_place and not all(0 <= block < link.window_blocks for block in table):

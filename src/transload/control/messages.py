@@ -171,6 +171,7 @@ class Grant(Message, frozen=True):
     first_block: int  # earlier blocks are in the receiver's prefix cache already
     lease_ms: int
     prefix: tuple[int, ...] = ()  # those, for a sender whose steps can read them there
+    link_name: int = 0  # of the link it holds for: with the link the room is given up, whoever hears of it when
 
 
 class Run(Message, frozen=True):
@@ -249,13 +250,15 @@ class LayersReady(Message, frozen=True):
 class PeerUp(Message, frozen=True):
     """A link to a peer is open. `one_sided`: the peer writes straight into our memory (and we into its). `link` tells
     it from those that were open to this peer before. `window`: where our steps can work in the peer's blocks
-    themselves, and its in ours: its block b is our block `window + b`, of `window_blocks`. None: they cannot."""
+    themselves, and its in ours: its block b is our block `window + b`, of `window_blocks`. None: they cannot. `name` is
+    the link's, the same at both ends."""
 
     peer: WorkerId
     one_sided: bool
     link: int = 0
     window: int | None = None
     window_blocks: int = 0
+    name: int = 0
 
 
 class PeerLost(Message, frozen=True):

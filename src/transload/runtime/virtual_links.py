@@ -50,11 +50,13 @@ class VirtualLinks:
         self._contents = contents
         self._watcher = watcher
         self._flows = Flows(self._foretell)
+        self._num_met = 0
 
     # -- links come and go --------------------------------------------------------------------------------------------
 
     def link_up(self, one: LiveWorker, other: LiveWorker) -> None:
         """Two workers have met."""
+        self._num_met += 1
         for here, there in ((one, other), (other, one)):
             wire = self._cost.wire(here.name, there.name)
             wire.factor = self._factors.get((here.spec.pool, there.spec.pool), 1.0)
@@ -72,7 +74,7 @@ class VirtualLinks:
             link.window, here.window_end = here.window_end, here.window_end + num_blocks
             if self._contents is not None:
                 self._contents.window_opened(here.name, link.window, there.name)
-        return PeerUp(there.name, here.spec.one_sided, link.number, link.window, num_blocks)
+        return PeerUp(there.name, here.spec.one_sided, link.number, link.window, num_blocks, self._num_met)
 
     def _measure(self, link: Link) -> None:
         rate, latency = link.wire.bytes_per_second, link.wire.latency_seconds
@@ -109,12 +111,13 @@ class VirtualLinks:
         """Their link breaks and they live on; so much later one of them has dialed the other again."""
         links = self._runtime.links
         pairs = [pair for pair in ((one, other), (other, one)) if pair in links]
-        for pair in pairs:
-            link = links.pop(pair)
+        broken = [links.pop(pair) for pair in pairs]
+        for link in broken:
             self.break_link(link, source_died=False)
+        for link in broken:  # only now: whoever hears of it gives blocks away that nothing may write into any more
             self.tell(link.source, PeerLost(link.target.name), None)
             if link.source.spec.role == "prefill":
-                self._runtime.tell_controller(LinkMeasured(*pair, "", 0.0, 0.0))
+                self._runtime.tell_controller(LinkMeasured(link.source.name, link.target.name, "", 0.0, 0.0))
         if pairs:
             here, there = (self._runtime.workers[worker] for worker in (one, other))
             self._runtime.outside(self._runtime.now + seconds, self._mend, here, there)

@@ -154,6 +154,13 @@ class Handshake:
             pass  # it has hung up: the refusal is reported on this side all the same
         return LinkRefused(f"{self._me.worker} refuses a link with {name or 'a caller'}: {refusal}", refusal, name)
 
+    @property
+    def link_name(self) -> int:
+        """The same at both ends, and no other link's: out of both nonces."""
+        assert self.peer is not None
+        mine, theirs = (int.from_bytes(hello.nonce[:8]) for hello in (self._me, self.peer))
+        return (mine ^ theirs) >> 1
+
     def take_fd(self) -> int:
         """The memory that the peer sent along; the caller owns it now."""
         if self._fd is None:

@@ -108,6 +108,8 @@ class Link:
         self.incarnation = incarnation
         self.number = 0
         """Of the links to this peer, this is the so manieth: set before it is started."""
+        self.name = 0
+        """The same at both ends; set before it is started too."""
         self.window = peer_memory.window if peer_memory is not None else None
         """Where our steps can work in the peer's blocks."""
         self.ended = threading.Event()
@@ -304,7 +306,7 @@ class Link:
     def _up(self) -> PeerUp:
         window = self.window
         first_block, num_blocks = (window.first_block, window.num_blocks) if window is not None else (None, 0)
-        return PeerUp(self.peer, self._carrier.one_sided, self.number, first_block, num_blocks)
+        return PeerUp(self.peer, self._carrier.one_sided, self.number, first_block, num_blocks, self.name)
 
     def _run_receiver(self) -> None:
         self._deliver(self._up())

@@ -106,6 +106,7 @@ class Meeting:
             tune_tcp(sock, self._options.silence_seconds)
             peer = handshake.accept()
             link = self._make_link(peer, sock, self._map(handshake, peer, in_place=True))
+            link.name = handshake.link_name
             # Half the time, so that the dialer, who began earlier, still hears why not.
             patience = deadline - self._options.handshake_seconds / 2
             refusal = self._registry.register(link, dialed=False, deadline=patience)
@@ -123,6 +124,7 @@ class Meeting:
         with self._cleanup(attempt, sock, handshake):
             peer = handshake.dial(self._memory.fd if one_sided else None)
             link = self._make_link(peer, sock, self._map(handshake, peer, in_place=hello.in_place))
+            link.name = handshake.link_name
             refusal = self._registry.register(link, dialed=True, deadline=deadline)
             if refusal is None:
                 self._open(attempt, link, lambda: None)
