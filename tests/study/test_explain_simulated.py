@@ -86,6 +86,19 @@ def test_feed_forwards_elsewhere_count_in_a_token_and_leave_the_attention_side_r
     assert far.pools[0].decode_seconds - attention.decode_seconds == pytest.approx(80 * 2 * 10e-6)
 
 
+def test_ffn_workers_that_share_the_experts_hold_a_part_each() -> None:
+    """Eight GPUs hold the feed-forwards that one of them could not."""
+    found = explained(
+        "model: {path: qwen3-235b-a22b, precision: {weights: fp8}}\n"
+        "pools:\n"
+        "  - {name: both, role: aggregated, chip: gb200, ffn: {pool: experts, split: expert}}\n"
+        "  - {name: experts, role: ffn, workers: 8, chip: gb200}\n"
+        "links: [{between: [both, experts], kind: nvlink5, latency: 5 us}]\n"
+    )
+    assert found.fits
+    assert found.pools[1].weight_bytes < 40e9
+
+
 def test_an_assumption_about_something_that_is_not_there_is_refused() -> None:
     with pytest.raises(DeploymentError, match="nothing in this deployment is called h200_sxn"):
         explained(

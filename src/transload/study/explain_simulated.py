@@ -13,7 +13,7 @@ from transload.deploy.spec import Deployment, Pool
 from transload.errors import DeploymentError
 from transload.hardware.afd.memory import SideMemory, attention_memory, ffn_memory
 from transload.hardware.afd.pipeline import step_seconds
-from transload.hardware.afd.stages import SplitWorker, Wire, wire_of
+from transload.hardware.afd.stages import SplitWorker, Wire, shared_parallel, wire_of
 from transload.hardware.cost.capacity import Capacity
 from transload.hardware.cost.shape import StepShape
 from transload.hardware.cost.worker import WorkerCost
@@ -118,7 +118,7 @@ def explain_simulated(deployment: Deployment, source: str) -> SimulatedExplanati
 
 
 def _pool_line(deployment: Deployment, fleet: Fleet, pool: Pool, cost: WorkerCost) -> PoolLine:
-    memory = _memory(fleet, pool, cost)
+    memory = _memory(deployment, fleet, pool, cost)
     prefills = cost.scope == "all" and pool.role in ("prefill", "aggregated")
     return PoolLine(
         name=pool.name,
@@ -138,14 +138,16 @@ def _pool_line(deployment: Deployment, fleet: Fleet, pool: Pool, cost: WorkerCos
     )
 
 
-def _memory(fleet: Fleet, pool: Pool, cost: WorkerCost) -> Capacity | SideMemory:
+def _memory(deployment: Deployment, fleet: Fleet, pool: Pool, cost: WorkerCost) -> Capacity | SideMemory:
     match cost.scope:
         case "all":
             return cost.capacity
         case "attention":
             return attention_memory(cost.chip, fleet.card, pool.parallel, fleet.precision)
         case "ffn":
-            return ffn_memory(cost.chip, fleet.card, pool.parallel, fleet.precision)
+            split = next(user.ffn.split for user in deployment.pools if user.ffn and user.ffn.pool == pool.name)
+            held = shared_parallel(pool.parallel, split, pool.workers)
+            return ffn_memory(cost.chip, fleet.card, held, fleet.precision)
 
 
 def _token_seconds(deployment: Deployment, fleet: Fleet, pool: Pool, cost: WorkerCost) -> float | None:

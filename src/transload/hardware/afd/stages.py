@@ -56,6 +56,16 @@ def wire_of(
     )
 
 
+def shared_parallel(parallel: Parallel, split: Split, parts: int) -> Parallel:
+    """The chips of so many FFN workers that have a part of each layer, as those of one; replicas share nothing."""
+    if split == "replica":
+        return parallel
+    if split == "expert":
+        ranks, experts = parallel.data_attention * parts, parallel.expert * parts
+        return msgspec.structs.replace(parallel, data_attention=ranks, expert=experts)
+    return msgspec.structs.replace(parallel, tensor=parallel.tensor * parts)
+
+
 class SplitWorker:
     """An attention worker and an FFN worker of one model, and the wire between: seconds of a step at any ratio."""
 
@@ -95,7 +105,7 @@ class SplitWorker:
         self.attention_memory: SideMemory = attention_memory(
             attention_chip, card, self.attention_parallel, self.precision
         )
-        held = self.ffn_parallel if split == "replica" else self._shared_by(self.ffn_parallel, parts)
+        held = shared_parallel(self.ffn_parallel, split, parts)
         self.ffn_memory: SideMemory = ffn_memory(ffn_chip, card, held, self.precision)
         self._tails: dict[int, float] = {}
         self._ffn_layers: dict[tuple[int, int, bool], float] = {}
@@ -143,7 +153,8 @@ class SplitWorker:
         """The workers that share every call, as one: raises `DeploymentError` if the model cannot be dealt out so."""
         found = self._parts.get(parts)
         if found is None:
-            stage = self._shared_by(msgspec.structs.replace(self.ffn_parallel, pipeline=1), parts)
+            split: Split = "expert" if self.split == "expert" else "column"
+            stage = shared_parallel(msgspec.structs.replace(self.ffn_parallel, pipeline=1), split, parts)
             found = WorkerCost(
                 self.ffn_chip,
                 self.card,
@@ -159,13 +170,6 @@ class SplitWorker:
     def ffn_plan(self, parts: int) -> Plan:
         """What the cost model has of the FFN workers that share every call."""
         return self._part(parts).plan
-
-    def _shared_by(self, parallel: Parallel, parts: int) -> Parallel:
-        """The chips of so many FFN workers that have a part of each layer, as those of one."""
-        if self.split == "expert":
-            ranks, experts = parallel.data_attention * parts, parallel.expert * parts
-            return msgspec.structs.replace(parallel, data_attention=ranks, expert=experts)
-        return msgspec.structs.replace(parallel, tensor=parallel.tensor * parts)
 
     def copies(self, parts: int, *, direct: bool) -> float:
         """How often a row crosses, on average: once to each worker, or to each chip, that has work with it."""
