@@ -29,7 +29,7 @@ def engine(result: dict[str, Any]) -> str:
         "of 256. Each peer is compared with ours of the same weights (Q4_0 with quantized). Best of "
         f"{result['rounds']} rounds in which all took turns on the same cores. "
         f"Our kernels: {result['kernels']}. The limit of a prefill is the rate of a product of two 2048 x 2048 "
-        "matrices, the faster of bfloat16 and float32.\n\n"
+        "matrices, in bfloat16 or float32, whichever torch is faster in.\n\n"
     )
     missing = "".join(f"\n{name} is left out: {problem}\n" for name, problem in left_out.items())
     columns = ["threads", "case", *names, "times a peer", "of the limit (bfloat16)"]

@@ -25,7 +25,7 @@ from transload.model.source import locate
 KINDS: tuple[GroupedKind, ...] = ("Q4_1", "Q8_0")
 IDENTICAL = 3
 """Of twelve prompts, where four are. A rounding that breaks the model keeps none."""
-LARGEST_GAP = 0.6
+LARGEST_GAP = 0.5
 """Of the float32 logits between two tokens that a rounding may exchange; bfloat16's largest is 0.25."""
 
 
