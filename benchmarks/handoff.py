@@ -21,6 +21,7 @@ import os
 import platform
 import queue
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -126,6 +127,7 @@ def main() -> None:
     parser.add_argument("--wire-only", action="store_true", help="only TCP against iperf3 and over wires")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # namespaces are taken down on the way out
     own_core, peer_core = two_cores()
     pin(own_core)
     figures: list[Figure] = []

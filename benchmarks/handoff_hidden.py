@@ -10,10 +10,12 @@ over the same wire when nothing hides them, in the same run. Hidden is one minus
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -62,6 +64,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=5)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers and namespaces are taken down on the way out
     figures = []
     for name, bits, delay_seconds in WIRES:
         try:
@@ -149,7 +152,9 @@ def serve(hosts: Hosts, num_prompts: int) -> list[list[dict[str, Any]]]:
         for process in processes:
             process.terminate()
         for process in processes:
-            process.wait(30)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+            process.kill()
 
 
 def ask(url: str, seed: int) -> list[dict[str, Any]]:
