@@ -54,6 +54,8 @@ def calibrate_machine(deployment: Deployment, effort: Effort, say: Say, *, comma
     with probes(plans) as running:
         times, reference = _measure_steps(running[0], effort, say)
         beside = measure_interference(running, effort, say)
+        for other in running[1:]:
+            other.close()  # a server is to have its memory
         section = _section(fitting.fit(times), times, plans[0], files, command=command, threads=plans[0].threads)
         section = msgspec.structs.replace(
             section, beside=beside, load_seconds=running[0].load_seconds, reference=reference
