@@ -8,31 +8,49 @@ from benchmark_docs.layout import origin, table
 
 
 def simulation(result: dict[str, Any]) -> str:
-    rows: list[list[object]] = []
-    for figure in result["figures"]:
-        rows.append(
-            [
-                f"{figure['speedup']:g}x",
-                f"{figure['requests']:,}",
-                f"{figure['mean_decode_batch']:.0f}",
-                f"{figure['cpu_seconds']['median']:.1f}",
-                f"{figure['requests_per_cpu_second']['median']:,.0f}",
-                f"{figure['output_tokens_per_cpu_second']['median']:,.0f}",
-                f"{figure['gpu_hours_per_cpu_second']['median']:.1f}",
-            ]
-        )
+    rows = [_speed(figure, "plain") for figure in result["figures"]]
+    rows += [_speed(figure, "compiled") for figure in result["compiled"]]
     stepped = result["step_by_step"]
     quarter, whole = (size / 1e6 for size in result["peak_memory_bytes"].values())
     heap = result["heap_events_per_cpu_second"]["median"] / 1e6
     text = (
         f"\n## Simulation\n\n`transload simulate`, {result['what']} (`benchmarks/simulation.yaml`), at the recorded "
-        "speed and faster; the median of some runs on one core. Beside it in the same run: a bare loop of the event "
-        f"heap does {heap:.2f} M events a CPU second, going step by step is {stepped['times_slower']:.1f} times slower "
-        f"with the same latencies to the bit, and peak memory is {quarter:.0f} MB for a quarter of "
-        f"the requests, {whole:.0f} MB for all.\n\n"
+        "speed and faster, and a made workload with longer outputs; the median of some runs on one core. *Compiled* is "
+        "the copy that `scripts/compile.py` makes: the same modules, ahead of time, with "
+        f"{'the same' if result['same_when_compiled'] else 'OTHER'} latencies to the bit. Beside it in the same run: a "
+        f"bare loop of the event heap does {heap:.2f} M events a CPU second, going step by step is "
+        f"{stepped['times_slower']:.1f} times slower with {'the same' if stepped['same_latencies'] else 'OTHER'} "
+        f"latencies to the bit, and peak memory is {quarter:.0f} MB for a quarter of the requests, {whole:.0f} MB for "
+        "all.\n\n"
     )
-    columns = ["speed", "requests", "mean decode batch", "CPU seconds", "requests / CPU s", "tokens / CPU s"]
-    return text + table([*columns, "GPU hours / CPU s"], rows) + origin(result)
+    columns = ["workload", "modules", "requests", "mean decode batch", "CPU seconds", "requests / CPU s"]
+    text += table([*columns, "tokens / CPU s", "GPU hours / CPU s"], rows)
+    text += "\nOther simulators, on other machines, so that only large ratios mean something:\n\n"
+    peers: list[list[object]] = [
+        [peer["name"], peer["what"], f"{peer['requests_per_cpu_second']:,g}", *_times(result, peer)]
+        for peer in result["peers"]
+    ]
+    return text + table(["simulator", "of what", "requests / CPU s", "plain", "compiled"], peers) + origin(result)
+
+
+def _speed(figure: dict[str, Any], modules: str) -> list[object]:
+    return [
+        figure["workload"],
+        modules,
+        f"{figure['requests']:,}",
+        f"{figure['mean_decode_batch']:.0f}",
+        f"{figure['cpu_seconds']['median']:.1f}",
+        f"{figure['requests_per_cpu_second']['median']:,.0f}",
+        f"{figure['output_tokens_per_cpu_second']['median']:,.0f}",
+        f"{figure['gpu_hours_per_cpu_second']['median']:.1f}",
+    ]
+
+
+def _times(result: dict[str, Any], peer: dict[str, Any]) -> list[object]:
+    """How many times as many requests the first workload has, plain and compiled."""
+    rates = [figures[0]["requests_per_cpu_second"]["median"] if figures else None for figures in
+             (result["figures"], result["compiled"])]  # fmt: skip
+    return ["" if rate is None else f"{rate / peer['requests_per_cpu_second']:.2g}x" for rate in rates]
 
 
 def validation(result: dict[str, Any], title: str = "Real against virtual") -> str:

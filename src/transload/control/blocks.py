@@ -77,9 +77,9 @@ class BlockPool:
 
     def acquire(self, prefix: Sequence[int], num_new: int) -> list[int] | None:
         """Reference the blocks of a matched prefix and allocate `num_new` more. None: no room, nothing changed."""
-        if num_new > self.room_beside(prefix):
-            return None
         references, free = self._references, self._free
+        if (prefix or num_new > len(free)) and num_new > self.room_beside(prefix):
+            return None
         for block in prefix:
             if not references[block]:
                 del self._cached[block]

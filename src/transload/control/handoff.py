@@ -111,7 +111,8 @@ class KvReceiver:
         self.num_frames = 0
         self.first_at: float | None = None
         self.last_at = 0.0
-        self._missing = [(1 << len(grant.blocks)) - 1] * num_layers  # a bit per block not here yet, by layer
+        self._num_layers = num_layers
+        self._missing = (1 << len(grant.blocks) * num_layers) - 1  # a bit per cell not here yet, layer by layer
         self._seen: dict[int, KvData] = {}  # by sequence
         self._num_frames_sent: int | None = None
 
@@ -124,15 +125,14 @@ class KvReceiver:
         if first is not None:
             return None if frame == first else f"frame {frame.sequence} came again with other cells"
         low, high = frame.block_lo - self.grant.first_block, frame.block_hi - self.grant.first_block
-        if not (
-            0 <= low < high <= len(self.grant.blocks) and 0 <= frame.layer_lo < frame.layer_hi <= len(self._missing)
-        ):
+        width = len(self.grant.blocks)
+        if not (0 <= low < high <= width and 0 <= frame.layer_lo < frame.layer_hi <= self._num_layers):
             return f"frame {frame.sequence} names cells outside the reservation"
-        mask = (1 << high) - (1 << low)
-        for layer in range(frame.layer_lo, frame.layer_hi):
-            if self._missing[layer] & mask != mask:
-                return f"frame {frame.sequence} brings cells that are here already"
-            self._missing[layer] ^= mask
+        once_a_layer = ((1 << width * (frame.layer_hi - frame.layer_lo)) - 1) // ((1 << width) - 1)
+        cells = ((1 << high) - (1 << low)) * once_a_layer << width * frame.layer_lo
+        if self._missing & cells != cells:
+            return f"frame {frame.sequence} brings cells that are here already"
+        self._missing ^= cells
         self._seen[frame.sequence] = frame
         self.num_frames += 1
         self.num_bytes += frame.num_bytes
@@ -150,4 +150,4 @@ class KvReceiver:
     @property
     def verified(self) -> bool:
         """Every cell is here once, intact, and the sender has said that this is all."""
-        return self.outputs is not None and self._num_frames_sent == len(self._seen) and not any(self._missing)
+        return self.outputs is not None and self._num_frames_sent == len(self._seen) and not self._missing

@@ -82,10 +82,12 @@ class Work:
     def append(self, token: int, more: Sequence[int] = ()) -> None:
         """A token was drawn, and perhaps more after it."""
         self.tokens.append(token)
+        num_new = 1
         if more:
             self.tokens += more
-        self.num_outputs += 1 + len(more)
-        self.num_known += 1 + len(more)
+            num_new += len(more)
+        self.num_outputs += num_new
+        self.num_known += num_new
 
     @property
     def outputs(self) -> tuple[int, ...]:
