@@ -50,7 +50,8 @@ def _times(result: dict[str, Any], peer: dict[str, Any]) -> list[object]:
     """How many times as many requests the first workload has, plain and compiled."""
     rates = [figures[0]["requests_per_cpu_second"]["median"] if figures else None for figures in
              (result["figures"], result["compiled"])]  # fmt: skip
-    return ["" if rate is None else f"{rate / peer['requests_per_cpu_second']:.2g}x" for rate in rates]
+    times = [None if rate is None else rate / peer["requests_per_cpu_second"] for rate in rates]
+    return ["" if each is None else f"{each:.0f}x" if each >= 10 else f"{each:.1f}x" for each in times]
 
 
 def validation(result: dict[str, Any], title: str = "Real against virtual") -> str:
