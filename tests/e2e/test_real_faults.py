@@ -1,20 +1,76 @@
-"""A full disk, for real: what cannot go on says why."""
+"""Everything that can be broken on one machine, broken under load: workers killed and stopped at random moments, bytes
+changed between two workers, no shared memory, a full disk. Streams are whole or say why not, and all comes back.
+
+`benchmarks/real_faults.py` does the first two for as long as one likes.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import subprocess
+import time
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 
-from tests.e2e.live import LiveServer
+from tests.e2e.disturbing import PROMPTS, Load, all_ready, ask, disturb, holdings, judge, undisturbed
+from tests.e2e.live import LiveServer, eventually, leaves_no_files
 from transload.model.embedded import SMOLLM2
 
 pytestmark = pytest.mark.slow
+EXACT = ("--dtype", "float32", "--deterministic", "--set", "router.local_prefill=fallback")
+TCP = str(Path(__file__).parents[2] / "deployments" / "1p1d-tcp.yaml")
+MAX_TOKENS = 24
+NUM_CALLERS = 3
+
+
+def busy(server: LiveServer, seconds: float, *, pause_seconds: float, seed: int) -> tuple[Load, Counter[str]]:
+    """Streams for a while, and somebody who disturbs."""
+    right = undisturbed(server, PROMPTS[:3], MAX_TOKENS)
+    random, done = Random(seed), Counter[str]()
+    load = Load(server, right, num_callers=NUM_CALLERS, max_tokens=MAX_TOKENS)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(pause_seconds * 2 * random.random())
+        disturb(server, random, done)
+    load.stop()
+    return load, done
+
+
+def test_workers_killed_and_stopped_at_random_moments_under_load() -> None:
+    with leaves_no_files(), LiveServer(*EXACT) as server:
+        eventually(lambda: all_ready(server))
+        before = holdings(server)
+        load, done = busy(server, 15.0, pause_seconds=2.0, seed=5)
+        assert not load.wrong, load.ends
+        assert load.ends["whole"] >= NUM_CALLERS, load.ends
+        assert any(what.startswith("kill") for what in done), done
+        assert any(what.startswith("stop") for what in done), done
+        eventually(lambda: all_ready(server))
+        server.check_idle()
+        eventually(lambda: holdings(server) == before)
+        again = ask(server.client, PROMPTS[0], MAX_TOKENS)
+        assert judge(again, undisturbed(server, PROMPTS[:1], MAX_TOKENS)[PROMPTS[0]]) == "whole"
+
+
+def test_bits_changed_between_two_workers_never_reach_a_text() -> None:
+    """The whole and right text all the same: a handoff that fails is done again, or the decode worker prefills."""
+    environment = {"FLIP_EVERY_BYTES": str(1 << 19), "FLIP_SEED": "3"}
+    with leaves_no_files(), LiveServer(TCP, *EXACT, module="tests.e2e.proxied", environment=environment) as server:
+        right = undisturbed(server, PROMPTS[:3], 8)
+        for turn in range(4):
+            for prompt in PROMPTS[:3]:
+                long = f"{prompt} {'and so on ' * (40 + turn)}"
+                first, second = (ask(server.client, long, 8) for _ in range(2))
+                assert judge(first, second) == "whole", (vars(first), vars(second))
+                assert judge(ask(server.client, prompt, 8), right[prompt]) == "whole"
+        assert "changed bits" in server.output(), "no bit was changed"
 
 
 @contextlib.contextmanager
@@ -28,6 +84,13 @@ def small_disk(folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def limit_file_size(server: LiveServer, num_bytes: int) -> None:
+    """Of the server's process and all it starts from now on: where no file of that size can be, no memory can be
+    shared either, as if there were none left."""
+    hard = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)[1]
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (num_bytes, hard))
 
 
 def local_wheel(folder: Path) -> Path:
