@@ -20,6 +20,8 @@ def test_a_page_made_from_code_or_results_is_up_to_date(name: str) -> None:
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     assert module.TARGET.read_text() == module.page(), f"run scripts/{script}.py"
+    for figure, content in getattr(module, "figures", dict)().items():
+        assert (module.TARGET.parent / figure).read_text() == content, f"run scripts/{script}.py"
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,14 @@ def hidden(result: dict[str, Any]) -> str:
 
 def afd(result: dict[str, Any]) -> str:
     hops = [
-        [hop["transport"], hop["waiting"], f"{hop['p50']:.1f}", f"{hop['p99']:.1f}", f"{hop['best']:.1f}"]
+        [
+            hop["transport"],
+            hop["code"],
+            hop["waiting"],
+            f"{hop['p50']:.1f}",
+            f"{hop['p99']:.1f}",
+            f"{hop['best']:.1f}",
+        ]
         for hop in result["hops"]
     ]
     steps = [
@@ -121,7 +128,7 @@ def afd(result: dict[str, Any]) -> str:
         "\n## Attention here, feed-forward there\n\n8 KiB there and back between two processes on two cores, in "
         "microseconds, copies included:\n\n"
     )
-    text += table(["over", "waiting", "p50", "p99", "best"], hops)
+    text += table(["over", "code", "waiting", "p50", "p99", "best"], hops)
     text += (
         f"\nDecode steps at {result['options']['context']} tokens of context: one worker that computes all of it, "
         "against an attention worker on one core and an FFN worker on the other. A bubble is the share of a step in "

@@ -101,7 +101,6 @@ def without_secrets(command: list[str]) -> tuple[str, ...]:
     shown: list[str] = []
     for word in command:
         name, equals, _ = word.partition("=")
-        # argparse takes abbreviations of a flag: --api-k is --api-key.
         if name.startswith("--api") and equals:
             word = f"{name}=***"
         elif shown and shown[-1].startswith("--api") and "=" not in shown[-1]:

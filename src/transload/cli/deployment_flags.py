@@ -25,7 +25,9 @@ def add_deployment_flags(parser: argparse.ArgumentParser) -> None:
     """Add them. Values are checked with the deployment, so that a wrong one is answered as in a file."""
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="a deployment file (YAML)")
     group = parser.add_argument_group("deployment")
-    group.add_argument("--topology", metavar="1p1d", help="instead of a file: 1p1d (default), 1agg, 2agg, 2p1d, 3p2d")
+    group.add_argument(
+        "--topology", metavar="1p1d", help="instead of a file: 1p1d (default), 1agg, 2p1d, 1a1f, 1p1a1f and so on"
+    )
     group.add_argument("--model", metavar="PATH", help="a model folder, a .gguf file or a hub id (owner/name)")
     group.add_argument("--dtype", metavar="TYPE", help="auto, float32, bfloat16 or quantized")
     group.add_argument("--deterministic", action="store_true", help="equal results whatever the batch and the split")

@@ -13,7 +13,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "doctor",
         help="check this machine and say what to do",
-        description="Check cores, memory, shared memory, limits, GPU, optional parts. Changes nothing.",
+        description="Check cores, memory, shared memory, limits, GPU, optional parts. Builds the CPU kernels if nobody "
+        "has yet; changes nothing else.",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address that serve would use (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="port that serve would use (default 8000)")

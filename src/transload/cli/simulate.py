@@ -88,7 +88,8 @@ def _add_deployment(group: argparse._ArgumentGroup) -> None:
         default=[],
         metavar="WORDS",
         dest="faults",
-        help='"kill decode-0 at 30s", "pause decode-0 at 30s for 2s", "link prefill:decode at 10%% from 10s to 20s"',
+        help='"kill decode-0 at 30s", "pause decode-0 at 30s for 2s", "link prefill:decode at 10%% from 10s to 20s" '
+        "(FFN workers: kill only); can be repeated",
     )
     group.add_argument("--ttft", type=duration, help="target for the time to first token, instead of the file's")
     group.add_argument("--tpot", type=duration, help="target for the time per output token, instead of the file's")

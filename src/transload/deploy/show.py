@@ -103,7 +103,7 @@ def _show_links(explanation: Explanation, console: Console) -> None:
             link.target,
             link.transport,
             format_bytes(link.bytes_per_token),
-            f"{format_bytes(link.bytes_per_prompt)}\nin {link.frames_per_prompt} frames",
+            f"{format_bytes(link.bytes_per_prompt)}\nin {_frames(link.frames_per_prompt)}",
             _times(link),
         )
     console.print(table)
@@ -129,6 +129,10 @@ def _show_hops(explanation: Explanation, console: Console) -> None:
         )
     console.print(table)
     console.print("[dim]activations there and back, for every token that is computed[/]\n")
+
+
+def _frames(count: int) -> str:
+    return "1 frame" if count == 1 else f"{count} frames"
 
 
 def _times(link: LinkLine) -> str:

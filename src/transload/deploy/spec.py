@@ -60,9 +60,10 @@ class ModelSpec(Part, frozen=True, kw_only=True):
     revision: Text | None = None
     """Hub revision (branch, tag or commit)."""
     dtype: DType = "auto"
-    """auto: bfloat16 where the chip computes in it or our CPU kernels widen it, float32 otherwise. quantized: bfloat16,
-    but on a CPU the 4- and 8-bit groups of a GGUF file (Q4_1, Q8_0) stay as stored, and meet activations rounded to 8
-    bits."""
+    """auto: bfloat16 where the chip computes in it or our CPU kernels compute whole steps and widen it; float32
+    otherwise, such as with experts, split feed-forwards or deterministic on an older CPU. quantized: bfloat16, but on a
+    CPU the 4- and 8-bit groups of a GGUF file (Q4_1, Q8_0) stay as stored, and meet activations rounded to 8 bits; not
+    in deterministic mode, nor with feed-forwards elsewhere."""
     load_format: Literal["auto", "dummy"] = "auto"
     """dummy: random weights of the named shape, for benchmarks."""
     deterministic: bool = False
@@ -140,7 +141,8 @@ class Link(Part, frozen=True, kw_only=True):
     """The two pools, in either order."""
     transport: Transport = "auto"
     """direct: prefill works in the blocks of the decode worker, which must share its memory; shm: it copies into them;
-    tcp: between hosts. auto: direct if both workers are on one host, TCP otherwise. Activations go over shm or tcp."""
+    tcp: between hosts. auto: direct if both workers compute on the CPUs of one Linux host, TCP otherwise; in a
+    simulation over the link's kind. Activations go over shm or tcp."""
     layers_per_frame: Annotated[int, Meta(ge=1, le=65_536)] | None = None
     """Layers in a KV frame. None: about six frames a chunk."""
     window_frames: Annotated[int, Meta(ge=1, le=65_536)] = 32
@@ -172,7 +174,8 @@ class Targets(Part, frozen=True, kw_only=True):
 
 class Router(Part, frozen=True, kw_only=True):
     policy: Literal["estimate", "round_robin", "least_loaded"] = "estimate"
-    """estimate: fewest estimated seconds, counting queues, cached prefixes and the transfer."""
+    """estimate: fewest estimated seconds, counting queues, cached prefixes and the transfer. round_robin: each in turn.
+    least_loaded: fewest requests that decode, fewest prompt tokens that wait."""
     local_prefill: Literal["auto", "fallback", "always"] = "auto"
     """When a decode worker prefills itself. auto: where that is estimated faster; fallback: only while no prefill
     worker is left; always."""
