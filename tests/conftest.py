@@ -22,6 +22,7 @@ START_PROCESSES = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before the groups are read
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Groups for `--dist loadgroup`, in the order in which they are handed out."""
     order: dict[str, int] = {}

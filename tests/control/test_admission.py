@@ -153,3 +153,14 @@ def test_the_expected_length_follows_the_texts() -> None:
     for _ in range(200):
         admission.finished(20)
     assert admission.expected_outputs == pytest.approx(20, rel=0.01)
+
+
+def test_the_choices_of_one_call_have_one_place_together() -> None:
+    admission = Admission()
+    now = busy(admission, 2.0)
+    at = now + refused(admission, now, caller=7)
+    refused(admission, now, caller=8)
+    waits = FULL * admission.seconds_between
+    assert [admission.ask(7, FULL, waits, at + 0.001 * choice) for choice in range(4)] == [None] * 4
+    assert admission.ask(9, FULL, waits, at + 0.01) is not None
+    assert admission.ask(7, FULL, waits, at + 0.5) is not None

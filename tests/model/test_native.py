@@ -211,6 +211,30 @@ def test_a_build_that_cannot_be_loaded_is_not_used(tmp_path: Path, monkeypatch: 
 
 
 @needs_compiler
+@pytest.mark.slow
+@pytest.mark.usefixtures("attempt")
+def test_a_build_that_was_damaged_is_made_once_more(tmp_path: Path) -> None:
+    assert load() is not None
+    (built,) = (tmp_path / "native").glob("*.so")
+    built.unlink()  # the mapped file stays as it is
+    built.write_bytes(b"what a failing disk has left")
+    library._attempt.cache_clear()
+    assert load() is not None
+
+
+@pytest.mark.usefixtures("attempt")
+def test_a_compiler_that_has_failed_is_asked_again_a_day_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = tmp_path / "count"
+    fake_compiler(tmp_path, f"echo x >> {count}; echo 'killed' >&2; exit 1", monkeypatch)
+    assert load() is None
+    (failure,) = (tmp_path / "native").glob("*.failed")
+    os.utime(failure, (0, 0))
+    library._attempt.cache_clear()
+    assert load() is None
+    assert count.read_text() == "x\nx\n"
+
+
+@needs_compiler
 def test_what_the_compiler_says_is_passed_on(tmp_path: Path) -> None:
     assert COMPILER is not None
     with pytest.raises(MachineError, match="cannot compile the kernels"):

@@ -267,6 +267,7 @@ def test_sizes_that_nobody_needs_are_refused(worker: FfnWorker) -> None:
         SlotSizes(num_slots=65, call_bytes=1, answer_bytes=1),
         SlotSizes(num_slots=1, call_bytes=1 << 40, answer_bytes=1),
         SlotSizes(num_slots=1, call_bytes=1, answer_bytes=0),
+        SlotSizes(num_slots=64, call_bytes=1 << 30, answer_bytes=1 << 30),
     ):
         with pytest.raises(HandoffError, match="possible"):
             dial_ffn(attention(), worker.address, "shm", Opening(session=SESSION, weights=WEIGHTS, sizes=sizes))

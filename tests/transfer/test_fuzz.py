@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
+from collections.abc import Callable
 from random import Random
 
 import msgspec
@@ -191,3 +192,10 @@ def test_a_damaged_stream_of_calls_is_read_or_refused(seed: int, is_caller: bool
 def test_a_prefix_with_the_right_checksum_and_a_slot_that_is_not_there_is_refused() -> None:
     with pytest.raises(HandoffError, match="slot 9"):
         Ends(is_caller=False).feed(struct.pack("<IIIQ", 4, 0, 9, 0) + bytes(4))
+
+
+@pytest.mark.parametrize("decode", [decode_call, decode_answer])
+def test_a_header_nested_too_deep_is_refused_like_any_other(decode: Callable[[bytes], object]) -> None:
+    header = b"\x99" + b"\x91" * 10_000 + b"\xc0"
+    with pytest.raises(HandoffError):
+        decode(header)

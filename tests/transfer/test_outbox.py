@@ -23,7 +23,7 @@ from transload.control.messages import (
     WorkerId,
 )
 from transload.errors import HandoffError
-from transload.transfer.outbox import Outbox
+from transload.transfer.outbox import Outbox, key_of
 from transload.transfer.wire import Ping, Pong
 
 PEER = WorkerId("peer")
@@ -277,6 +277,17 @@ def test_what_the_socket_did_not_take_at_once_is_written_by_the_sender_before_an
     assert parked.outbox.send_now(b"message", lambda _: 3)
     parked.outbox.put(done(1))
     assert parked.end() == [b"sage", done(1)]
+
+
+def test_a_transfer_whose_end_is_written_at_once_is_forgotten() -> None:
+    parked = Parked()
+    for transfer in range(3):
+        parked.outbox.put(data(transfer, 0))
+        while len(parked.outbox) or not parked.outbox._is_parked:
+            time.sleep(0.001)
+        assert parked.outbox.send_now(b"done", len, ends=key_of(done(transfer).frame))
+    assert not parked.outbox._unacknowledged
+    parked.end()
 
 
 def test_nothing_is_written_at_once_where_the_socket_is_full() -> None:

@@ -14,6 +14,8 @@ GRACE_SECONDS = 3.0
 """How long after its time a place is kept."""
 EARLY_SECONDS = 1.5
 """Who comes so much before its time has come back in time: times are told in whole seconds, and clocks differ."""
+ONE_CALL_SECONDS = 0.1
+"""The choices of one call ask one after the other; they have one place together."""
 LONGEST_RETRY_SECONDS = 300.0
 """Nobody is told to stay away longer, nor has a place after that."""
 MOST_PLACES_EACH = 16
@@ -38,6 +40,7 @@ class Admission:
         self._margin = 0.0
         self._share_back = 1.0  # of places, those whose callers have come
         self._promised_until = 0.0
+        self._came_back = (0, 0.0)  # who has taken a place last, and when
         self._places: dict[int, deque[tuple[float, float]]] = {}  # caller -> times, and from when on they count
         self._in_order: deque[tuple[float, int]] = deque()  # all of them, and some that have been taken since
 
@@ -114,11 +117,14 @@ class Admission:
     # -- places -------------------------------------------------------------------------------------------------------
 
     def _comes_back(self, caller: int, now: float) -> bool:
+        if caller and caller == self._came_back[0] and now - self._came_back[1] < ONE_CALL_SECONDS:
+            return True
         times = self._places.get(caller)
         if not times or times[0][1] > now:
             return False
         self._drop_first(caller)
         self._share_back = self.KEEP * self._share_back + (1 - self.KEEP)
+        self._came_back = (caller, now)
         return True
 
     def _give_up_places(self, now: float) -> None:

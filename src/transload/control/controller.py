@@ -118,11 +118,14 @@ class Controller:
         foretold = self._first_token_seconds(request)
         retry_after_seconds = self._admission.ask(request.caller, len(self._queue), foretold, now)
         if retry_after_seconds is not None:
-            message = f"{len(self._queue)} requests are waiting already; try again in {retry_after_seconds:.0f} s"
+            why = f"{len(self._queue)} requests are waiting already"
+            if len(self._queue) < self.config.max_waiting:
+                why = f"the first token would come after {foretold:.1f} s"
+            message = f"{why}; try again in {retry_after_seconds:.0f} s"
             self._out.append(Reject(request.id, message, retry_after_seconds))
             return
         tracked = Tracked(request, now)
-        tracked.foretold_seconds = foretold
+        tracked.foretold_seconds = foretold if self.requests else None  # with nobody here nothing was foretold
         self.requests[request.id] = tracked
         self._queue.append(tracked)
         self._out.append(SetTimer(f"deadline/{request.id}", request.deadline_seconds))

@@ -69,7 +69,8 @@ class FfnSide:
         asked = []
         for call in calls:
             rows_RE, index_P = self._rows(call)
-            index_P = index_P.to(self._device) if index_P is not None else None
+            if index_P is not None:  # the peer can still write it: what was checked may have changed since
+                index_P = index_P.clone().clamp_(0, call.frame.num_rows - 1).to(self._device)
             asked.append((call.frame.request.pieces, rows_RE.to(self._device), index_P))
         sizes: list[int] = []
         for answer_PE, target in zip(compute_pieces(self._functions, layer, asked), targets, strict=True):

@@ -397,6 +397,8 @@ class RealRuntime:
             )
         if state.problem is not None and not self._closing:
             remote.link_problem = f"{state.peer}: {state.problem}"
+        elif remote.link_problem is not None and remote.link_problem.startswith(f"{state.peer}: "):
+            remote.link_problem = None  # it has been dialled again
         self._changed.set()
 
     def _ffn_counted(self, worker: WorkerId, totals: Mapping[str, float], hops: Sequence[int]) -> None:

@@ -59,7 +59,10 @@ class StepThread(threading.Thread):
                 traceback.print_exc()
                 event = StepFailed(number, f"{type(error).__name__}: {error}")
             # Looked at after the last access: a window that is open now was open all the time.
-            self._returned(event, [window for window in windows if not window.is_open])
+            closed = [window for window in windows if not window.is_open]
+            for window in closed:
+                window.forget()
+            self._returned(event, closed)
 
 
 class StepWindows:

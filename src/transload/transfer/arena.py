@@ -36,6 +36,7 @@ class Window:
         """False before the peer's memory goes: who finds it true has touched nothing else up to now."""
         self._address = address
         self._size_bytes = size_bytes
+        self._lock = threading.Lock()  # while the memory goes
 
     @property
     def buffer(self) -> memoryview:
@@ -45,11 +46,18 @@ class Window:
     def close(self) -> None:
         """Take the peer's memory away from under whoever works in it. When this returns, no thread of this process can
         reach it; a step that still runs goes on in memory that is nobody's."""
-        self.is_open = False
         try:
-            self._take_away()
+            with self._lock:
+                self.is_open = False
+                self._take_away()
         except OSError:
             os.abort()  # the peer would be told that nobody writes any more: better no worker than a wrong word
+
+    def forget(self) -> None:
+        """Give back what was written here after `close`. The steps that worked here have returned."""
+        with self._lock:
+            if self._size_bytes:
+                _libc.madvise(self._address, self._size_bytes, mmap.MADV_DONTNEED)
 
     def _take_away(self) -> None:
         _map(self._address, self._size_bytes, mmap.PROT_READ | mmap.PROT_WRITE, _PRIVATE_NOWHERE | _FIXED, -1)
@@ -133,3 +141,4 @@ _libc.mmap.argtypes = (
     ctypes.c_long,
 )
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)

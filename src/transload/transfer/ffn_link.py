@@ -18,6 +18,8 @@ from transload.transfer.ffn_kernels import Ring
 
 MAX_SLOTS = 64
 MAX_SLOT_BYTES = 1 << 32
+MAX_LINK_BYTES = 8 << 30
+"""Of all slots of one link: a peer that asks for more would take the memory of everybody."""
 HEADER_BYTES = 16 << 10
 """Room for a header: a request names each of its experts."""
 
@@ -43,6 +45,9 @@ class SlotSizes(msgspec.Struct, frozen=True, kw_only=True):
         for name, num_bytes in (("call", self.call_bytes), ("answer", self.answer_bytes)):
             if not 1 <= num_bytes <= MAX_SLOT_BYTES:
                 raise HandoffError(f"a {name} of {num_bytes} bytes; 1..{MAX_SLOT_BYTES} are possible")
+        in_all = self.num_slots * (self.call_bytes + self.answer_bytes)
+        if in_all > MAX_LINK_BYTES:
+            raise HandoffError(f"slots of {in_all} bytes in all for one link; {MAX_LINK_BYTES} are possible")
 
 
 class ArrivedCall(msgspec.Struct, frozen=True):
@@ -155,7 +160,7 @@ def decode_call(raw: bytes) -> CallFrame:
     """Raises `HandoffError`."""
     try:
         return _calls.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise HandoffError(f"a feed-forward call that cannot be read: {error}") from None
 
 
@@ -163,5 +168,5 @@ def decode_answer(raw: bytes) -> FfnAnswer:
     """Raises `HandoffError`."""
     try:
         return _answers.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise HandoffError(f"an answer to a feed-forward call that cannot be read: {error}") from None

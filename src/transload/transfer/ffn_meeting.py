@@ -218,7 +218,7 @@ def _receive(sock: socket.socket, expected: type[_T], deadline: float) -> _T:
     check_header(prefix, raw, checksum)
     try:
         word = _decoder.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise HandoffError(f"the peer sent no word of this handshake: {error}") from None
     if isinstance(word, Declined):
         raise HandoffError(word.reason)

@@ -197,7 +197,7 @@ class Handshake:
     def _decode(self, raw: bytes, expected: type[_Expected]) -> _Expected:
         try:
             word = _decoder.decode(raw)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise HandoffError(f"the peer sent no word of a handshake: {error}") from None
         if isinstance(word, Refusal):
             name = self.peer.worker if self.peer else self._me.peer

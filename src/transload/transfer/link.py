@@ -178,7 +178,8 @@ class Link:
             except OSError:
                 return 0  # full, or broken: the sender waits, or finds out
 
-        if not self._outbox.send_now(encode(frame), write):
+        ends = key_of(frame) if isinstance(frame, KvDone) else None
+        if not self._outbox.send_now(encode(frame), write, ends):
             return False
         self._sent.count_frame()
         if isinstance(frame, KvData):

@@ -143,11 +143,12 @@ class PeerMemory:
 
     def close(self) -> None:
         """Unmap. The caller has let go of every view; steps that work in the window go on in nobody's memory."""
-        self.buffer.release()
         if self.window is not None:
-            self.window.close()
-        if self._mapping is not None:
-            self._mapping.close()
+            self.window.close()  # first: nobody may write there any more, whoever still looks
+        with contextlib.suppress(BufferError):
+            self.buffer.release()
+            if self._mapping is not None:
+                self._mapping.close()
 
 
 def _available_bytes() -> int:

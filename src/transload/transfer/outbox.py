@@ -59,10 +59,10 @@ class Outbox:
             self._ready.append(command)
             self._changed.notify()
 
-    def send_now(self, message: bytes, write: Callable[[bytes], int]) -> bool:
+    def send_now(self, message: bytes, write: Callable[[bytes], int], ends: Key | None = None) -> bool:
         """Write a message on the caller's thread, if the sender waits and nothing else does: waking the sender takes
         longer than writing. `write` returns how much was taken, at once; the sender writes the rest first of all.
-        False: nothing was written."""
+        `ends`: the transfer whose last frame this is. False: nothing was written."""
         with self._changed:
             if not self._is_parked or self._closed or len(self) or self._drains or self._probes or self._rest:
                 return False
@@ -70,6 +70,8 @@ class Outbox:
             if 0 < written < len(message):
                 self._rest = message[written:]
                 self._changed.notify()
+            if written > 0 and ends is not None:
+                self._unacknowledged.pop(ends, None)  # no data follows, so nobody waits for room
             return written > 0
 
     def put_credit(self, key: Key, num_frames: int) -> None:

@@ -180,7 +180,7 @@ class FrameReader:
         check_header(prefix, header, checksum)
         try:
             return _decoder.decode(header), payload_bytes
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise HandoffError(f"a frame's header cannot be read: {error}") from None
 
     def _read_idle(self, target: memoryview) -> None:

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from ctypes import POINTER, Structure, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
@@ -44,6 +45,8 @@ FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping
 COMPILERS = ("cc", "gcc", "clang")
 COMPILE_SECONDS = 240.0
 ROOM_BYTES = 64 << 20
+RETRY_SECONDS = 24 * 3600.0
+"""A compiler that failed is asked again after so long: it may have been the machine."""
 """A build that fails with less free in the cache folder may have failed for that."""
 _FOLDER = Path(__file__).parent
 
@@ -204,9 +207,19 @@ def _attempt() -> tuple[Library | None, str]:
     if compiler is None:
         return None, f"no C compiler found (looked for {', '.join(COMPILERS)})"
     try:
-        return Library(_built(compiler)), ""
+        return _loaded(compiler), ""
     except (OSError, AttributeError, MachineError, subprocess.SubprocessError) as error:
         return None, str(error)
+
+
+def _loaded(compiler: str) -> Library:
+    """Built once more if what the cache holds cannot be loaded."""
+    path = _built(compiler)
+    try:
+        return Library(path)
+    except (OSError, AttributeError):
+        path.unlink(missing_ok=True)
+        return Library(_built(compiler))
 
 
 def build(compiler: str, flags: tuple[str, ...], target: Path) -> None:
@@ -214,9 +227,12 @@ def build(compiler: str, flags: tuple[str, ...], target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as scratch:
         made = Path(scratch) / target.name
         command = [compiler, *flags, str(_FOLDER / MAIN), "-o", str(made), "-lpthread"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
+        here = {**os.environ, "TMPDIR": scratch}  # where there is room, or it is said that there is none
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False, env=here)
         if done.returncode != 0:
             raise MachineError(f"{compiler} cannot compile the kernels: {done.stderr.strip()[-500:]}")
+        with made.open("rb") as file:
+            os.fsync(file.fileno())  # or a name may outlive the power that its content did not
         os.replace(made, target)
 
 
@@ -230,7 +246,7 @@ def _built(compiler: str) -> Path:
     with locked(folder / "build.lock", wait_seconds=COMPILE_SECONDS):
         if path.exists():
             return path
-        if failure.exists():
+        if failure.exists() and time.time() - failure.stat().st_mtime < RETRY_SECONDS:
             raise MachineError(failure.read_text())
         try:
             build(compiler, FLAGS, path)

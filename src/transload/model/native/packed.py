@@ -111,6 +111,7 @@ class PackedLinear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Rows [T, in] to rows [T, out], in the weight's dtype; of stored blocks in bfloat16."""
+        assert x.shape[1] == self.struct.num_inputs, x.shape
         x = x.contiguous()
         y = x.new_empty(x.shape[0], self.struct.num_outputs)
         self._library.multiply(ctypes.byref(self.struct), x.data_ptr(), x.shape[0], y.data_ptr(), None)

@@ -21,6 +21,9 @@ from transload.model.native.library import LayerStruct, Library, LinearStruct, M
 from transload.model.native.packed import KINDS
 from transload.model.rope import RotaryEmbedding
 
+MOST_QUERY_ROWS = 96
+"""QUERY_ROWS of attention.h: the query heads of one head of keys and values share a tile."""
+
 
 class AttentionStructs:
     """A model's attention layers, embedding, final norm and head. Must outlive every use of `model`."""
@@ -126,6 +129,8 @@ def attention_is_native(model: LlamaModel, library: Library) -> bool:
     if model.deterministic or model.device.type != "cpu" or model.dtype not in KINDS:
         return False
     if any(size % lanes for size in (arch.hidden_size, arch.head_dim, arch.vocab_size)):
+        return False
+    if arch.num_heads // arch.num_kv_heads > MOST_QUERY_ROWS:
         return False
     parts = [layer.parts for layer in model.attention.layers if layer.parts.sinks is None]
     if len(parts) < arch.num_layers:
