@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 TESTS = Path(__file__).parent
 START_PROCESSES = (
@@ -22,21 +24,29 @@ START_PROCESSES = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # before the groups are read
+def group_of(path: str) -> str:
+    """Which tests stay together, by a path below this folder."""
+    return "processes" if path.startswith(START_PROCESSES) else path
+
+
+class Groups(LoadScopeScheduling):  # type: ignore[misc]
+    """A group goes to one of the test processes as a whole."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(nodeid.partition("::")[0].removeprefix("tests/"))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Groups:
+    """Whatever `--dist` says."""
+    return Groups(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups for `--dist loadgroup`, in the order in which they are handed out."""
+    """In the order in which they are handed out."""
     order: dict[str, int] = {}
-    for item in items:
-        name = item.path.relative_to(TESTS).as_posix()
-        together = name.startswith(START_PROCESSES)
-        group = "processes" if together else name
-        item.add_marker(pytest.mark.xdist_group(group))
-        rank = 0 if together else 1 if item.get_closest_marker("slow") else 2
+    groups = [group_of(item.path.relative_to(TESTS).as_posix()) for item in items]
+    for item, group in zip(items, groups, strict=True):
+        rank = 0 if group == "processes" else 1 if item.get_closest_marker("slow") else 2
         order[group] = min(order.get(group, rank), rank)
-    items.sort(key=lambda item: order[_group(item)])
-
-
-def _group(item: pytest.Item) -> str:
-    marker = item.get_closest_marker("xdist_group")
-    assert marker is not None
-    return str(marker.args[0])
+    places = sorted(range(len(items)), key=lambda place: order[groups[place]])
+    items[:] = [items[place] for place in places]

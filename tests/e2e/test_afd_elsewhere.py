@@ -95,5 +95,5 @@ def test_one_of_two_workers_that_were_started_by_hand_is_enough_and_another_may_
         eventually(lambda: len(server.workers()["attention-0"].get("ffn_links", {})) == 2)
         before = counts(server, "ffn-0").get("requests", 0)
         assert complete(server, SHORT) == greedy(oracle, SHORT)
-        eventually(lambda: counts(server, "ffn-0").get("requests", 0) > before)
+        eventually(lambda: counts(server, "ffn-0").get("requests", 0) not in (0, before))  # a new process counts anew
         assert server.metric("transload_ffn_fallbacks_total") == 0
