@@ -13,7 +13,7 @@ import pytest
 
 from tests.e2e.live import LiveServer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # five servers are asked before the first test
 EXACT = ("--dtype", "float32", "--deterministic", "--set", "router.local_prefill=fallback")
 GOLDEN: list[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "golden/smollm2_greedy.json").read_text())[
     "prompts"
