@@ -41,7 +41,7 @@ def test_a_layer_multiplies(
 ) -> None:
     weight, bias = random_layer(shape, dtype, biased=biased)
     if not native:
-        monkeypatch.setattr(linear, "fits", lambda weight, split: False)
+        monkeypatch.setattr(linear, "fits", lambda weight, split, blocks: False)
     layer = Linear(weight, bias, TileProof() if deterministic else None)
     for num_rows in (1, 2, 5, 33, 300):
         x = random_rows(num_rows, shape[1], dtype)
@@ -82,7 +82,7 @@ def test_deterministic_rows_do_not_depend_on_the_number_of_threads() -> None:
 
 
 def test_packing_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "fits", lambda weight, split: False)
+    monkeypatch.setattr(linear, "fits", lambda weight, split, blocks: False)
     weight, _ = random_layer((64, 32), torch.float32, biased=False)
     wrong = weight.clone()
     wrong[3, 4] += 1.0

@@ -75,7 +75,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Models built while this is "torch" do without our own kernels."""
     chosen: str = request.param
     if chosen == "torch":
-        monkeypatch.setattr(linear, "fits", lambda weight, split: False)
+        monkeypatch.setattr(linear, "fits", lambda weight, split, blocks: False)
     return chosen
 
 
