@@ -1,7 +1,7 @@
 """Which tests may run beside each other: `scripts/test` runs the suite in two processes at once.
 
-Tests that start processes of their own, and those that look at what the machine has left afterwards, are two groups:
-one begins at once, the other is last. The other files go to whoever is free, those with slow tests first.
+Tests that start processes of their own, and those that look at what the machine has left afterwards, stay together in
+one of the two; they mostly wait. The other files go to whoever is free, those with slow tests first.
 """
 
 from __future__ import annotations
@@ -14,21 +14,19 @@ from xdist.scheduler import LoadScopeScheduling
 
 TESTS = Path(__file__).parent
 START_PROCESSES = (
-    (
-        *("e2e/test_afd", "e2e/test_exact", "e2e/test_kills", "e2e/test_link", "e2e/test_overload", "e2e/test_real"),
-        "study/test_report_browser.py",
-    ),
-    ("e2e", "transfer", "study/validate", "study/calibrate", "study/test_bench.py", "study/test_chat.py"),
+    "e2e",
+    "transfer",
+    "study/validate",
+    "study/calibrate",
+    "study/test_bench.py",
+    "study/test_chat.py",
+    "study/test_report_browser.py",
 )
-"""Two groups of about the same length."""
 
 
 def group_of(path: str) -> str:
     """Which tests stay together, by a path below this folder."""
-    for number, paths in enumerate(START_PROCESSES):
-        if path.startswith(paths):
-            return f"processes {number}"
-    return path
+    return "processes" if path.startswith(START_PROCESSES) else path
 
 
 class Groups(LoadScopeScheduling):  # type: ignore[misc]
@@ -48,9 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order: dict[str, int] = {}
     groups = [group_of(item.path.relative_to(TESTS).as_posix()) for item in items]
     for item, group in zip(items, groups, strict=True):
-        rank = 1 if item.get_closest_marker("slow") else 2
-        if group.startswith("processes"):
-            rank = 0 if group.endswith("0") else 3
+        rank = 0 if group == "processes" else 1 if item.get_closest_marker("slow") else 2
         order[group] = min(order.get(group, rank), rank)
     places = sorted(range(len(items)), key=lambda place: order[groups[place]])
     items[:] = [items[place] for place in places]
