@@ -136,7 +136,8 @@ def transformers(folder: Path, threads: int) -> Answer:
             cache = caches[case["decode"]] = DynamicCache(config=model.config)
             ids = torch.tensor([[token(row, place) for place in range(CONTEXT)] for row in range(case["decode"])])
             model(ids, past_key_values=cache, logits_to_keep=1)
-        cache.crop(CONTEXT)
+        if (num_more := cache.get_seq_length() - CONTEXT) > 0:
+            cache.crop(-num_more)
         started = time.perf_counter()
         for step in range(DECODE_STEPS):
             one = torch.tensor([[token(row, CONTEXT + step)] for row in range(case["decode"])])

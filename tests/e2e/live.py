@@ -134,18 +134,23 @@ class LiveServer:
 
     def check_idle(self) -> None:
         """No request, no block, no transfer is left anywhere."""
+        left: dict[str, float] = {}
 
         def is_idle() -> bool:
             self.workers()
             health = self.get("/health")
-            return bool(
-                health["requests"] == 0
-                and health["waiting"] == 0
-                and self.metric("transload_blocks", state="referenced") == 0
-                and self.metric("transload_blocks", state="quarantined") == 0
+            left.update(
+                requests=health["requests"],
+                waiting=health["waiting"],
+                referenced=self.metric("transload_blocks", state="referenced"),
+                quarantined=self.metric("transload_blocks", state="quarantined"),
             )
+            return not any(left.values())
 
-        eventually(is_idle, 20)
+        try:
+            eventually(is_idle)
+        except AssertionError:
+            raise AssertionError(f"left: {left}; {self.get('/health')}\n{self.output()[-4000:]}") from None
         assert self.metric("transload_leaked_blocks") == 0
 
     def stop(self, number: signal.Signals = signal.SIGINT) -> int:

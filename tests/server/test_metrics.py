@@ -7,7 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.control.feeding import D0, P0, a_request
 from transload.control.controller import Controller, ControllerConfig
-from transload.control.messages import KvVerified, WorkerId
+from transload.control.messages import ControllerEvent, KvVerified, Load, WorkerGone, WorkerId, WorkerJoined
 from transload.control.rates import LinkRate
 from transload.control.tracking import Tracked
 from transload.server.feed import MetricsFeed
@@ -116,3 +116,26 @@ def test_a_transfer_is_counted_by_its_transport_though_its_request_has_ended() -
     verified = KvVerified(worker=D0, request=request.id, epoch=0, num_bytes=100, wire_seconds=0.1, num_frames=1)
     MetricsFeed(metrics, controller)(verified, 1.0)
     assert samples(metrics)["transload_transfer_bytes_total", ("transport", "shm")] == 100
+
+
+def test_what_a_dead_worker_held_is_no_longer_shown_but_what_it_counted_stays() -> None:
+    metrics, controller = Metrics(), Controller(ControllerConfig())
+    feed = MetricsFeed(metrics, controller)
+
+    def tell(event: ControllerEvent) -> None:
+        feed(event, 1.0)
+        controller.handle(event, 1.0)
+
+    for incarnation in (1, 2):
+        tell(WorkerJoined(D0, incarnation, "decode", "decode", 11, 16, 1024, 8))
+        tell(Load(D0, 2, 0, 0, 7, 3, 1, 0, 11, 0, 0.0, 0, 0, 0))
+    metrics.request_preempted(D0)
+    tell(WorkerGone(D0, 1, "told late: another process has its name by now"))
+    got = samples(metrics)
+    assert got["transload_blocks", ("state", "referenced"), ("worker", D0)] == 3
+    assert got["transload_workers_up", ("pool", "decode")] == 1
+    tell(WorkerGone(D0, 2, "killed"))
+    got = samples(metrics)
+    assert not {name for name in got if name[0] in ("transload_blocks", "transload_running_requests")}
+    assert got["transload_workers_up", ("pool", "decode")] == 0
+    assert got["transload_preemptions_total", ("worker", D0)] == 1

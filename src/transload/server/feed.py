@@ -43,14 +43,22 @@ class MetricsFeed:
             case WorkerJoined(worker, _, pool):
                 self._pools.setdefault(pool, set()).add(worker)
                 self._count_workers()
-            case WorkerGone(worker):
-                for workers in self._pools.values():
-                    workers.discard(worker)
-                self._count_workers()
+            case WorkerGone():
+                self._gone(message)
             case RestartWorker(worker):
                 self._metrics.worker_restarted(worker)
             case _:
                 pass
+
+    def _gone(self, gone: WorkerGone) -> None:
+        """What a process held has gone with it; unless another one has taken its place already."""
+        view = self._controller.views.get(gone.worker)
+        if view is not None and view.incarnation > gone.incarnation:
+            return
+        for workers in self._pools.values():
+            workers.discard(gone.worker)
+        self._count_workers()
+        self._metrics.forget_worker(gone.worker)
 
     def _load(self, load: Load) -> None:
         metrics = self._metrics

@@ -54,6 +54,10 @@ class Gauge:
     def add(self, amount: float, *labels: str) -> None:
         self.values[labels] = self.values.get(labels, 0.0) + amount
 
+    def forget(self, first: str) -> None:
+        """Drop the values whose first label is this one."""
+        self.values = {labels: value for labels, value in self.values.items() if labels[0] != first}
+
     def collect(self) -> Metric:
         family = GaugeMetricFamily(self.name, self.text, labels=self.labels)
         for labels, value in self.values.items():
@@ -202,6 +206,11 @@ class Metrics(Collector):
 
     def set_running(self, worker: str, num_requests: int) -> None:
         self.running.set(num_requests, worker)
+
+    def forget_worker(self, worker: str) -> None:
+        """It is dead: it has no blocks and runs nothing. What it has counted so far stays."""
+        for gauge in (self.blocks, self.leaked_blocks, self.running):
+            gauge.forget(worker)
 
     def set_queue_length(self, num_requests: int) -> None:
         self.queue_length.set(num_requests)
