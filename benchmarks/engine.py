@@ -211,7 +211,7 @@ def vllm(folder: Path, threads: int) -> Answer:
     from vllm import LLM, SamplingParams
 
     engine: Any = LLM(
-        str(folder), dtype="bfloat16", skip_tokenizer_init=True, max_model_len=4096, enable_prefix_caching=False
+        str(folder), dtype=torch_dtype(), skip_tokenizer_init=True, max_model_len=4096, enable_prefix_caching=False
     )
 
     def seconds(num_prompts: int, num_tokens: int, num_outputs: int) -> float:
