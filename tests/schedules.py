@@ -187,6 +187,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
     one_sided: bool
     staged: bool
     in_place: bool = False
+    most_windows: int | None = None
     max_batch: int
     num_blocks: int
     step_tokens: int
@@ -214,6 +215,8 @@ def draw(seed: int) -> Schedule:
     random = Random(seed)
     is_small = random.random() < SMALL_SHARE
     cluster = _draw_cluster(random)
+    if cluster["in_place"]:
+        cluster["most_windows"] = Random(f"{seed} windows").choice((None, 1, 1, 2))
     if is_small:
         cluster["num_blocks"] = random.choice((7, 12, 40))
     rates = draw_rates(random)
@@ -329,6 +332,7 @@ def build(schedule: Schedule, check: Check = "changed") -> World:
         one_sided=schedule.one_sided,
         staged=schedule.staged,
         in_place=schedule.in_place,
+        most_windows=schedule.most_windows,
         cost=UnevenCost(Random(f"{schedule.seed} messages"), schedule),
         frame_fault=wires if disturbed else faithful,
         step_fault=FaultySteps(Random(f"{schedule.seed} steps"), schedule.step_failure_rate, struck),

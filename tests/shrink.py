@@ -10,6 +10,7 @@ import msgspec
 from tests.schedules import Schedule, judge, run
 
 MOST_TRIES = 2000
+PLAIN = {"workers": "p0 d0", "staged": False, "policy": "estimate", "num_blocks": 200, "most_windows": None}
 Item = TypeVar("Item")
 change = msgspec.structs.replace
 
@@ -52,7 +53,7 @@ def _smaller(schedule: Schedule) -> Iterator[Schedule]:
             yield change(schedule, frame_rates={**schedule.frame_rates, name: 0.0})
     if schedule.step_failure_rate:
         yield change(schedule, step_failure_rate=0.0)
-    for field, plain in (("workers", "p0 d0"), ("staged", False), ("policy", "estimate"), ("num_blocks", 200)):
+    for field, plain in PLAIN.items():
         named = {disturbance.worker for disturbance in schedule.disturbances}
         if getattr(schedule, field) != plain and (field != "workers" or named <= {"p0", "d0"}):
             yield change(schedule, **{field: plain})
@@ -84,6 +85,8 @@ def story(schedule: Schedule) -> str:
     rates = [f"{name} {rate:.0%}" for name, rate in schedule.frame_rates.items() if rate]
     rates += [f"steps fail {schedule.step_failure_rate:.0%}"] if schedule.step_failure_rate else []
     links = "written straight into memory" if schedule.one_sided else "sent"
+    if schedule.in_place:
+        links = f"in place over {schedule.most_windows if schedule.most_windows is not None else 'all'} links a worker"
     lines = [
         f"seed {schedule.seed}: workers {schedule.workers}; {schedule.num_blocks} blocks each, steps of "
         f"{schedule.step_tokens} tokens, batches of {schedule.max_batch}; KV {links}"

@@ -97,6 +97,7 @@ class World:
         step_fault: StepFault = never_fails,
         staged: bool = False,
         in_place: bool = False,
+        most_windows: int | None = None,
         lease_seconds: Mapping[str, float] | None = None,
         check: Check = "changed",
         watch: Callable[[float, WorkerId, Message], None] | None = None,
@@ -139,6 +140,7 @@ class World:
                 layers_per_frame=layers_per_frame,
                 one_sided=one_sided,
                 in_place=in_place,
+                most_windows=most_windows,
             )
             for name in workers.split()
         ]

@@ -53,7 +53,7 @@ def decoder() -> EngineFeed:
 
 
 def granted(blocks: tuple[int, ...], prefix: tuple[int, ...] = ()) -> Grant:
-    return msgspec.structs.replace(a_grant(TRANSFER, blocks, len(prefix)), prefix=prefix)
+    return msgspec.structs.replace(a_grant(TRANSFER, blocks, len(prefix)), prefix=prefix, in_place=True)
 
 
 def reserve(feed: EngineFeed, num_prompt: int, first: int) -> Reserved:
@@ -100,14 +100,36 @@ def test_blocks_that_the_receiver_does_not_have_are_not_touched(grant: Grant) ->
     assert feed.step is None
 
 
-def test_a_grant_that_does_not_name_its_prefix_is_filled_by_copying() -> None:
+def test_blocks_of_a_receiver_that_lets_nobody_in_are_filled_by_copying() -> None:
+    """It has run out of addresses for our pool, we have not for its own."""
     feed = prefiller()
-    feed.give(Prefill(a_request(1, 6), 0, D0, a_grant(TRANSFER, (9,), 1)))
+    feed.give(Prefill(a_request(1, 6), 0, D0, a_grant(TRANSFER, (9, 3))))
     assert feed.step is not None
     assert list(feed.step.chunks[0].blocks) == [0, 1]
     (frame,) = frames(feed.give(LayersReady(1, 0, 4)))
     assert isinstance(frame, KvData)
     assert not frame.in_place
+
+
+def test_blocks_that_we_cannot_reach_are_filled_by_copying_though_we_may_work_there() -> None:
+    """We have run out of addresses for the receiver's pool."""
+    feed = EngineFeed(P0, step_tokens=8)
+    feed.link(D0)
+    feed.give(Prefill(a_request(1, 10), 0, D0, granted((9, 3), prefix=(12,))))
+    feed.give(LayersReady(1, 0, 4))
+    feed.finish_step()
+    (frame,) = frames(feed.give(LayersReady(2, 0, 4)))
+    assert isinstance(frame, KvData)
+    assert (frame.block_lo, frame.block_hi, frame.in_place) == (2, 3, False)
+
+
+def test_a_receiver_says_whether_its_peer_may_work_in_its_blocks() -> None:
+    assert reserve(decoder(), 10, first=100).grant.in_place
+    feed = EngineFeed(D0)
+    feed.link(P0)
+    cached(feed)
+    grant = reserve(feed, 10, first=100).grant
+    assert (grant.in_place, grant.prefix, grant.first_block) == (False, (), 2)
 
 
 def test_the_receiver_hears_that_nothing_is_written_only_when_the_step_has_returned() -> None:

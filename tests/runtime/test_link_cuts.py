@@ -7,7 +7,8 @@ from random import Random
 import pytest
 
 from tests.world import World
-from transload.control.messages import LinkMeasured, PeerLost, PeerUp, WorkerId
+from transload.control.controller import ControllerConfig
+from transload.control.messages import KvData, LinkMeasured, PeerFrame, PeerLost, PeerUp, WorkerId
 from transload.runtime.cost import LinearCost
 
 SLOW_WIRE = LinearCost(load_seconds=0.5, link_bytes_per_second=1e6)
@@ -53,6 +54,21 @@ def test_without_a_link_the_decode_worker_prefills_and_over_the_next_one_it_does
     assert [up.link for up in ups] == [0, 1]
     if in_place:
         assert ups[0].window != ups[1].window, "whoever still knows the old numbers must not reach the new blocks"
+
+
+def test_cells_are_copied_where_one_side_has_no_window_into_the_other() -> None:
+    """The decode worker has addresses for the pool of one prefill worker, each of those for its pool."""
+    controller = ControllerConfig(local_prefill="fallback", policy="round_robin")
+    world = World("p0 p1 d0", in_place=True, most_windows=1, controller=controller)
+    requests = [world.ask(1.0 + number, [number, *range(30)], 3) for number in range(4)]
+    world.run()
+    world.check_complete()
+    assert {world.runtime.controller.ended[request].prefill for request in requests} == {P0, WorkerId("p1")}
+    assert "HandoffFailed" not in world.names("controller")
+    copied = [event for _, who, event in world.events if who == D0 and isinstance(event, PeerFrame)]
+    in_place = {event.peer: event.frame.in_place for event in copied if isinstance(event.frame, KvData)}
+    assert in_place == {P0: True, WorkerId("p1"): False}
+    assert world.contents.num_landings > 0
 
 
 def test_in_place_no_bytes_cross_and_both_caches_are_one() -> None:

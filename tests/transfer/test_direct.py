@@ -54,6 +54,25 @@ def test_what_is_written_in_a_window_lies_in_the_peers_blocks(layout: KvLayout) 
         assert [stats.transport for stats in sender.links.stats()] == ["direct"]
 
 
+@pytest.mark.parametrize("is_sender", [False, True])
+def test_cells_are_copied_when_one_side_has_run_out_of_addresses(is_sender: bool) -> None:
+    with Worker("p", with_windows=True) as sender, Worker("d", with_windows=True) as receiver:
+        arena = (sender if is_sender else receiver).memory.arena
+        assert arena is not None
+        arena._next_block = arena.num_blocks
+        sender.fill(1)
+        before = receiver.blocks.copy()
+        up, back = linked(sender, receiver)
+        assert [one.window is None for one in (up, back)] == [is_sender, not is_sender]
+        handoff = Handoff(sender, receiver)
+        handoff.expect()
+        sender.links.send(handoff.whole())
+        (event,) = receiver.data_frames(1)
+        assert isinstance(event.frame, KvData)
+        assert event.arrived_checksum == event.frame.checksum != 0
+        handoff.assert_arrived(before)
+
+
 def test_a_window_that_is_closed_reaches_nobody() -> None:
     with Worker("p", with_windows=True) as sender, Worker("d", with_windows=True) as receiver:
         up, _ = linked(sender, receiver)

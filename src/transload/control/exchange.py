@@ -87,16 +87,17 @@ class Exchange:
         return peer in self._peers
 
     def works_in_place(self, peer: WorkerId | None) -> bool:
-        """Whether this peer's steps work in our blocks, and ours in its."""
+        """Whether this peer's steps may work in our blocks, as far as it hangs on us."""
         link = self._peers.get(peer) if peer is not None else None
         return link is not None and link.window is not None
 
     def open_receive(self, work: Work, source: WorkerId, first_block: int) -> Grant:
         """Name a transfer that may fill the work's blocks from `first_block` on."""
         transfer = TransferId(self._random.getrandbits(63))
-        prefix = tuple(work.blocks[:first_block]) if self.works_in_place(source) else ()
+        in_place = self.works_in_place(source)
+        prefix = tuple(work.blocks[:first_block]) if in_place else ()
         lease_ms, name = to_ms(self._lease_seconds), self._peers[source].name
-        grant = Grant(transfer, tuple(work.blocks[first_block:]), first_block, lease_ms, prefix, name)
+        grant = Grant(transfer, tuple(work.blocks[first_block:]), first_block, lease_ms, prefix, name, in_place)
         work.receiver = KvReceiver(source, work.epoch, grant, self._num_layers, Lease(self._lease_seconds))
         self._receiving[transfer] = work
         self._out.append(ExpectKv(transfer, work.epoch, source, first_block, grant.blocks))
@@ -114,7 +115,7 @@ class Exchange:
         if grant.link_name != link.name:  # what it grants may be somebody else's by now
             return f"the link to {target} for which it was granted is gone"
         table = (*grant.prefix, *grant.blocks)
-        in_place = link.window is not None and len(grant.prefix) == grant.first_block
+        in_place = grant.in_place and link.window is not None  # one side may have run out of addresses for windows
         if in_place and not all(0 <= block < link.window_blocks for block in table):
             return f"{target} grants blocks that it does not have"
         lease = Lease(grant.lease_ms / 1000)

@@ -172,6 +172,7 @@ class Grant(Message, frozen=True):
     lease_ms: int
     prefix: tuple[int, ...] = ()  # those, for a sender whose steps can read them there
     link_name: int = 0  # of the link it holds for: with the link the room is given up, whoever hears of it when
+    in_place: bool = False  # the sender's steps may work in these blocks; else cells must be copied there
 
 
 class Run(Message, frozen=True):

@@ -138,6 +138,7 @@ class LiveWorker:
         self.num_links = 0
         self.window_end = spec.engine.num_blocks
         """Blocks from here on are in no window yet."""
+        self.num_windows = 0
         self.permissions: dict[tuple[TransferId, int], ExpectKv] = {}
         self.step: RunStep | None = None
         self.step_began = self.step_ends = 0.0

@@ -70,7 +70,9 @@ class VirtualLinks:
     def _up(self, link: Link) -> PeerUp:
         here, there = link.source, link.target
         num_blocks = there.spec.engine.num_blocks
-        if here.spec.in_place and there.spec.in_place:
+        most = here.spec.most_windows
+        if here.spec.in_place and there.spec.in_place and (most is None or here.num_windows < most):
+            here.num_windows += 1
             link.window, here.window_end = here.window_end, here.window_end + num_blocks
             if self._contents is not None:
                 self._contents.window_opened(here.name, link.window, there.name)
@@ -192,7 +194,10 @@ class VirtualLinks:
         """The source has been read. A one-sided write is in place with that, whatever becomes of the frame: the
         receiver cannot refuse it, so it must hit blocks that are granted to this transfer or kept aside for it."""
         target = link.target
-        if crosses(send.frame) and self._contents is not None:
+        if not crosses(send.frame):
+            back = self._runtime.links[target.name, link.source.name]
+            assert back.window is not None, f"{target.name} has not let the steps of {link.source.name} in"
+        elif self._contents is not None:
             self._contents.send_ended(link.source.name, send)
         if target.spec.one_sided:
             transfer = send.frame.transfer

@@ -19,3 +19,5 @@ class VirtualWorker(msgspec.Struct, frozen=True, kw_only=True):
     """Whether its links write straight into the peer's memory, as shared memory does."""
     in_place: bool = False
     """Whether its steps can work in the blocks of peers that can work in its own: then nothing crosses. One-sided."""
+    most_windows: int | None = None
+    """How many links it has addresses for to do so; after that cells are copied. None: enough."""
