@@ -49,6 +49,19 @@ def test_a_step_that_does_not_return_is_told_once_its_ticks_are_over() -> None:
     assert watch.tick(1e9) is None
 
 
+def test_a_step_that_has_to_load_weights_has_as_long_as_a_first_one_for_that() -> None:
+    watch = seen((a_step(8), 1.0))
+    watch.begin(a_step(8))
+    assert [watch.tick(1.0, is_loading=True) for _ in range(300)] == [None] * 300
+    assert [watch.tick(1.0) for _ in range(30)] == [None] * 30, "its own time begins when they are there"
+    watch.end(320.0)
+    assert watch.limit_seconds(a_step(8)) == LEAST_LIMIT_SECONDS, "others need not be that slow"
+    watch.begin(a_step(8))
+    reason = watch.tick(301.0, is_loading=True)
+    assert reason is not None
+    assert "step 3 of 1 requests has been loading weights for 301 s" in reason
+
+
 def test_a_failed_step_teaches_nothing() -> None:
     watch = StepWatch()
     watch.begin(a_step(8))

@@ -138,6 +138,7 @@ class Rig:
         }
 
     def _reload(self, pieces: frozenset[Piece]) -> PieceFunctions:
+        assert any(driver.is_loading for driver in self.drivers)
         self.loaded += sorted(pieces)
         return self.load(pieces)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
 from collections.abc import Callable
 from typing import Any, cast
@@ -21,6 +22,7 @@ from transload.model.source import locate
 from transload.runtime import worker as worker_module
 from transload.runtime.base import Finished, ServedModel
 from transload.runtime.real import RealRuntime
+from transload.runtime.remote import RemoteWorker
 from transload.runtime.wire import JOIN_TOKEN
 from transload.runtime.worker import WorkerProcess
 from transload.transfer.layout import KvLayout
@@ -50,7 +52,10 @@ class Counting:
 
 
 class NoFeedForwards:
-    """Nobody is called."""
+    """Nobody is called. `is_loading`: whether the step that hangs does so because weights do not come."""
+
+    def __init__(self, is_loading: bool) -> None:
+        self.is_loading = is_loading
 
     def counts(self) -> dict[str, float]:
         return {}
@@ -62,8 +67,10 @@ class NoFeedForwards:
         return ()
 
 
-async def play(monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[int], Finished]:
-    """Why the first worker ended, and what the caller got."""
+async def play(
+    monkeypatch: pytest.MonkeyPatch, *, is_loading: bool = False, num_restarts: int = 1
+) -> tuple[str, list[int], Finished]:
+    """Why the first worker ended, and what the caller got. `num_restarts`: when the second one comes."""
     end = threading.Event()
     deployment = resolve(None, "1agg", [])
     arch = locate(deployment.model).arch
@@ -75,12 +82,13 @@ async def play(monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[int], Finishe
     monkeypatch.setenv(JOIN_TOKEN, TOKEN)
     monkeypatch.setattr(worker_module, "ALIVE_SECONDS", 0.05)
     monkeypatch.setattr(worker_module, "StepWatch", lambda: StepWatch(least_limit_seconds=0.5, first_limit_seconds=0.5))
-    config = ControllerConfig(first_restart_seconds=0.01)
+    config = ControllerConfig(first_restart_seconds=1000.0)  # but who starts a worker by hand need not wait
     runtime = RealRuntime(model, msgspec.structs.replace(placement, workers=plans), config)
 
     def worker(hangs_at: int | None) -> asyncio.Task[str]:
         def build(_plan: WorkerPlan) -> Any:
-            return Counting(hangs_at, end), KvMemory(LAYOUT, NUM_BLOCKS), NoFeedForwards()
+            hangs = hangs_at is not None
+            return Counting(hangs_at, end), KvMemory(LAYOUT, NUM_BLOCKS), NoFeedForwards(hangs and is_loading)
 
         host, port = runtime.join_address
         process = WorkerProcess(f"{host}:{port}", plans[0].name, TOKEN, build, cast(Any, None))
@@ -93,7 +101,7 @@ async def play(monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[int], Finishe
             Request(RequestId(1), 3, 10, Sampling(temperature=0.0, ignore_eos=True), (1, 2, 3))
         )
         reason = await workers[0]
-        while runtime.num_restarts == 0:  # noqa: ASYNC110
+        while runtime.num_restarts < num_restarts:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
         workers.append(worker(hangs_at=None))
         tokens: list[int] = []
@@ -108,12 +116,32 @@ async def play(monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[int], Finishe
         await asyncio.gather(*workers, return_exceptions=True)
 
 
-def test_a_worker_whose_step_hangs_is_replaced_and_the_text_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("is_loading", "what"), [(False, "has not returned"), (True, "has been loading weights")])
+def test_a_worker_whose_step_hangs_is_replaced_and_the_text_goes_on(
+    is_loading: bool, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def limited() -> tuple[str, list[int], Finished]:
         async with asyncio.timeout(WAIT_SECONDS):
-            return await play(monkeypatch)
+            return await play(monkeypatch, is_loading=is_loading)
 
     reason, tokens, finished = asyncio.run(limited())
-    assert "step 4 of 1 requests has not returned" in reason
+    assert f"step 4 of 1 requests {what}" in reason
     assert tokens == list(range(10))
     assert (finished.reason, finished.num_prompt_tokens, finished.num_outputs) == ("length", 3, 10)
+
+
+def test_a_process_that_cannot_be_started_now_is_started_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, refusals = RemoteWorker.start, [OSError(errno.ENOMEM, "no memory for a process")] * 2
+
+    async def refused_at_first(self: RemoteWorker, join: tuple[str, int]) -> None:
+        if self.incarnation > 1 and refusals:
+            raise refusals.pop()
+        await start(self, join)
+
+    async def limited() -> tuple[str, list[int], Finished]:
+        async with asyncio.timeout(WAIT_SECONDS):
+            return await play(monkeypatch, num_restarts=3)
+
+    monkeypatch.setattr(RemoteWorker, "start", refused_at_first)
+    _, tokens, _ = asyncio.run(limited())
+    assert tokens == list(range(10))

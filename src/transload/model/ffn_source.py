@@ -111,6 +111,11 @@ class TorchFfnSource:
                 self._remote = None
         give_back_memory()
 
+    @property
+    def is_loading(self) -> bool:
+        remote = self._remote
+        return remote is not None and remote.is_loading
+
     def counts(self) -> dict[str, float]:
         remote = self._remote
         if remote is None:

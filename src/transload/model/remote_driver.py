@@ -163,6 +163,8 @@ class RemoteDriver:
         self._ready: deque[_Lane] = deque()
         self._sent: dict[int, tuple[FfnRequest, float]] = {}  # by sequence: not answered, and when it was sent
         self._waited = False  # for the answers that are taken now
+        self.is_loading = False
+        """Weights are being loaded in the middle of a step, because nobody else is left that has them."""
         self._failure: str | None = None
         self._timeout_seconds = client.timeout_seconds
         self.connect = self._callers.connect
@@ -331,7 +333,11 @@ class RemoteDriver:
         asked = frozenset(piece for piece, _ in command.pieces)
         if any((layer, piece) not in self._own for piece in asked):
             nobodys = self._pieces.difference(*self._client.owned)
-            self._own.update(self._load_pieces(nobodys | asked))
+            self.is_loading = True
+            try:
+                self._own.update(self._load_pieces(nobodys | asked))
+            finally:
+                self.is_loading = False
         for piece, wanted in command.pieces:
             rows_RE, index_P = cut.rows((piece,))
             (answer_PE,) = compute_pieces(self._own, layer, [(((piece, wanted),), rows_RE, index_P)])

@@ -46,6 +46,11 @@ class FfnSource(Protocol):
         """Make ready to compute here: load the weights. Takes as long as that takes."""
         ...
 
+    @property
+    def is_loading(self) -> bool:
+        """Whether the step under way waits for weights, because the FFN workers that had them are gone."""
+        ...
+
     def switch(self, *, remote: bool) -> None:
         """From the next step on, and let go of what the other way needed. On the step thread, between steps."""
         ...

@@ -53,6 +53,10 @@ class HopSide:
             case SwitchFfn():
                 threading.Thread(target=self._load, name="ffn-load", daemon=True).start()
 
+    @property
+    def is_loading(self) -> bool:
+        return self._source.is_loading
+
     def counts(self) -> dict[str, float]:
         return self._source.counts()
 

@@ -287,7 +287,7 @@ class WorkerProcess:
     async def _stay_alive(self) -> None:
         while True:
             await asyncio.sleep(ALIVE_SECONDS)
-            hangs = self._watch.tick(ALIVE_SECONDS)
+            hangs = self._watch.tick(ALIVE_SECONDS, is_loading=self._hop is not None and self._hop.is_loading)
             if hangs is not None:
                 self._fail(hangs)
             self._wire.send(Alive())
