@@ -130,6 +130,7 @@ class RealRuntime:
         self._changed = asyncio.Event()
         self._request_ended = asyncio.Event()
         self._restarts: set[asyncio.Task[None]] = set()
+        self._problems: dict[WorkerId, str] = {}  # of workers that are not back: why they have gone
         self._refusal: Reject | None = None
         self.num_restarts = 0
         self._moving = asyncio.Lock()
@@ -171,7 +172,7 @@ class RealRuntime:
     def status(self) -> dict[str, object]:
         return {
             "workers": {
-                name: {**remote.describe(), **self._ffn_pools.describe(name)}
+                name: {**remote.describe(), "problem": self._problems.get(name), **self._ffn_pools.describe(name)}
                 for name, remote in sorted(self._remotes.items())
             },
             "links": {
@@ -361,6 +362,7 @@ class RealRuntime:
 
     def _joined(self, remote: RemoteWorker, ready: Ready) -> None:
         plan = remote.plan
+        self._problems.pop(remote.name, None)
         self._changed.set()
         if plan.role == "ffn":
             self._ffn_pools.ffn_ready(remote)
@@ -409,6 +411,7 @@ class RealRuntime:
         self._changed.set()
         if self._closing or self._remotes.get(remote.name) is not remote or remote.failure is not None:
             return
+        self._problems[remote.name] = reason
         if remote.plan.role == "ffn":
             self._ffn_pools.ffn_gone(remote)
         else:
@@ -416,6 +419,9 @@ class RealRuntime:
             self.tell(WorkerGone(remote.name, remote.incarnation, reason))
 
     def _restart_later(self, name: WorkerId, after_seconds: float) -> None:
+        plan = self._plans.get(name)
+        if plan is not None and not plan.starts_here:
+            after_seconds = 0.0  # whoever starts it by hand has paused already
         self._loop.call_later(after_seconds, self._restart, name)
 
     def _restart(self, name: WorkerId) -> None:
@@ -425,7 +431,10 @@ class RealRuntime:
         incarnation = self._remotes[name].incarnation + 1
 
         async def launch() -> None:
-            self._remotes[name] = await self._launch(name, incarnation)
+            try:
+                self._remotes[name] = await self._launch(name, incarnation)
+            except OSError as error:  # no memory for a process, no file left: as if it had died at once
+                self._gone(self._remotes[name], f"its process could not be started: {error}")
 
         task = self._loop.create_task(launch())
         self._restarts.add(task)
@@ -456,6 +465,9 @@ class RealRuntime:
         self._timers.clear()
         if self._server is not None:
             self._server.close()
+        for task in self._restarts:
+            task.cancel()
+        await asyncio.gather(*self._restarts, return_exceptions=True)
         await asyncio.gather(*(remote.stop() for remote in self._remotes.values()))
         if self._log is not None:
             self._log.close()

@@ -80,10 +80,12 @@ class RemoteWorker:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self, join: tuple[str, int]) -> None:
-        """Start the process, unless somebody else does; it joins on its own."""
-        self._tasks = [asyncio.create_task(self._watch_silence())]
-        if not self.plan.starts_here:
-            return
+        """Start the process, unless somebody else does; it joins on its own. Raises `OSError` if there can be none."""
+        if self.plan.starts_here:
+            await self._start_process(join)
+        self._tasks.append(asyncio.create_task(self._watch_silence()))
+
+    async def _start_process(self, join: tuple[str, int]) -> None:
         environment = {**os.environ, JOIN_TOKEN: self._token, "OMP_NUM_THREADS": str(self.plan.threads)}
         arguments = ["-m", "transload", "worker", "--join", f"{join[0]}:{join[1]}", "--name", self.name]
         self._process = await asyncio.create_subprocess_exec(

@@ -49,6 +49,7 @@ from transload.runtime.base import Executor, FfnCompute, FfnSource
 from transload.runtime.event_log import EventLog
 from transload.runtime.ffn_hop import HopSide
 from transload.runtime.ffn_service import FfnService
+from transload.runtime.last_words import lenient_stderr
 from transload.runtime.process_memory import resident_bytes
 from transload.runtime.step_thread import StepThread, StepWindows
 from transload.runtime.wire import (
@@ -174,6 +175,9 @@ class WorkerProcess:
 
     def _end(self, reason: str) -> None:
         if not self._closed.done():
+            if reason != SHUT_DOWN:
+                sys.stderr.write(f"{self._name}: {reason}\n")
+                sys.stderr.flush()
             self._closed.set_result(reason)
 
     def _spawn(self, coroutine: Coroutine[object, object, None]) -> None:
@@ -281,8 +285,8 @@ class WorkerProcess:
         )
 
     def _fail(self, reason: str) -> None:
+        self._end(reason)  # first: the front end kills us as soon as it hears of it
         self._wire.send(Failed(reason))
-        self._end(reason)
 
     async def _stay_alive(self) -> None:
         while True:
@@ -490,8 +494,6 @@ def main(join: str, name: str) -> int:
             loop.add_signal_handler(number, worker.stop, f"received {signal.Signals(number).name}")
         return await worker.run()
 
-    reason = asyncio.run(work())
-    if reason != SHUT_DOWN:
-        sys.stderr.write(f"{name}: {reason}\n")
-        sys.stderr.flush()
+    with lenient_stderr():
+        reason = asyncio.run(work())
     os._exit(0 if reason == SHUT_DOWN else 1)  # torch's threads have nothing left to say

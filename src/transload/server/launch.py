@@ -28,6 +28,7 @@ from transload.model.native.library import load
 from transload.model.source import ModelFiles, locate
 from transload.model.tokenizer import ModelTokenizer, load_tokenizer
 from transload.runtime.base import ServedModel
+from transload.runtime.last_words import lenient_stderr
 from transload.runtime.real import RealRuntime
 from transload.server.app import create_app
 from transload.server.feed import MetricsFeed
@@ -47,7 +48,7 @@ def serve(deployment: Deployment, *, ask: str | None = None, once: bool = False,
     check_can_be_served(deployment)
     _check_event_log(event_log)
     console = Console(stderr=True)
-    with reserve_address(deployment.server) as listener:
+    with lenient_stderr(), reserve_address(deployment.server) as listener:
         files, tokenizer = _find_model(deployment)
         serving = _Serving(deployment, files, tokenizer, console, ask, once=once, event_log=event_log)
         return asyncio.run(serving.run(listener))
