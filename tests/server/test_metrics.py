@@ -15,6 +15,8 @@ from transload.server.ffn_feed import FfnFeed
 from transload.server.metrics import Metrics
 from transload.transfer.ffn_times import HOP_BOUNDS
 
+STATES = ("free", "referenced", "cached", "quarantined")
+
 
 def samples(metrics: Metrics) -> dict[tuple[object, ...], float]:
     return {
@@ -128,6 +130,8 @@ def test_what_a_dead_worker_held_is_no_longer_shown_but_what_it_counted_stays() 
 
     for incarnation in (1, 2):
         tell(WorkerJoined(D0, incarnation, "decode", "decode", 11, 16, 1024, 8))
+        blocks = {state: samples(metrics)["transload_blocks", ("state", state), ("worker", D0)] for state in STATES}
+        assert blocks == {"free": 11, "referenced": 0, "cached": 0, "quarantined": 0}
         tell(Load(D0, 2, 0, 0, 7, 3, 1, 0, 11, 0, 0.0, 0, 0, 0))
     metrics.request_preempted(D0)
     tell(WorkerGone(D0, 1, "told late: another process has its name by now"))

@@ -40,15 +40,23 @@ class MetricsFeed:
                 self._metrics.transfer_done(self._transport(request, worker), 0, 0.0, 0.0, "failed")
             case Preempted(worker):
                 self._metrics.request_preempted(worker)
-            case WorkerJoined(worker, _, pool):
-                self._pools.setdefault(pool, set()).add(worker)
-                self._count_workers()
+            case WorkerJoined():
+                self._joined(message)
             case WorkerGone():
                 self._gone(message)
             case RestartWorker(worker):
                 self._metrics.worker_restarted(worker)
             case _:
                 pass
+
+    def _joined(self, joined: WorkerJoined) -> None:
+        """Its blocks are free. It says nothing of them itself before something has happened to it."""
+        self._pools.setdefault(joined.pool, set()).add(joined.worker)
+        self._count_workers()
+        held = {"free": joined.num_blocks, "referenced": 0, "cached": 0, "quarantined": 0}
+        self._metrics.set_blocks(joined.worker, held)
+        self._metrics.set_leaked_blocks(joined.worker, 0)
+        self._metrics.set_running(joined.worker, 0)
 
     def _gone(self, gone: WorkerGone) -> None:
         """What a process held has gone with it; unless another one has taken its place already."""
