@@ -46,6 +46,7 @@ def real_faults(result: dict[str, Any]) -> str:
                 setup["bits_changed"],
                 sum(setup["streams"].values()),
                 setup["streams"].get("whole", 0),
+                setup["recovered"],
                 errors,
                 setup["wrong"],
                 setup["hung"],
@@ -54,10 +55,20 @@ def real_faults(result: dict[str, Any]) -> str:
         )
     text = (
         f"\n## Faults (real)\n\n`{result['command']}`: {result['what']}. A stream is whole if its text is that of the "
-        "same prompt undisturbed and its usage counts every token once. At the end: as many processes, open files and "
-        "blocks as before, no request, no block held.\n\n"
+        "same prompt undisturbed and its usage counts every token once, also where it was begun anew by another "
+        "worker. At the end: as many processes, open files and blocks as before, no request, no block held.\n\n"
     )
-    columns = ["setup", "minutes", "kill -9", "SIGSTOP", "bits changed", "streams", "whole", "typed error"]
+    columns = [
+        "setup",
+        "minutes",
+        "kill -9",
+        "SIGSTOP",
+        "bits changed",
+        "streams",
+        "whole",
+        "of them begun anew",
+        "typed error",
+    ]
     text += table([*columns, "wrong", "hung", "whole again"], rows)
     others = "; ".join(f"{name}: {how}" for name, how in result["peers"].items())
     text += f"\nThe same test on others: {others}.\n"

@@ -51,6 +51,7 @@ def test_workers_killed_and_stopped_at_random_moments_under_load() -> None:
         assert not load.wrong, load.ends
         assert load.ends["whole"] >= NUM_CALLERS, load.ends
         assert any(what.startswith("kill") for what in done), done
+        assert not load.num_hung
         assert any(what.startswith("stop") for what in done), done
         eventually(lambda: all_ready(server))
         server.check_idle()
