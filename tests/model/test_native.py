@@ -21,6 +21,7 @@ from transload.model.gguf_quants import dequantised
 from transload.model.native import library
 from transload.model.native.library import FLAGS, Library, build, load
 from transload.model.native.packed import PackedLinear, first_largest, read_stored
+from transload.model.native.structs import TWINS, LinearStruct
 
 COMPILER = next((found for name in library.COMPILERS if (found := shutil.which(name))), None)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler here")
@@ -239,3 +240,12 @@ def test_what_the_compiler_says_is_passed_on(tmp_path: Path) -> None:
     assert COMPILER is not None
     with pytest.raises(MachineError, match="cannot compile the kernels"):
         build(COMPILER, ("--no-such-flag",), tmp_path / "kernels.so")
+
+
+@needs_compiler
+def test_kernels_that_know_other_structs_than_python_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load() is not None
+    monkeypatch.setitem(TWINS, "ring", LinearStruct)
+    monkeypatch.setattr(library, "_attempt", library._attempt.__wrapped__)
+    assert load() is None
+    assert "struct ring" in library.explanation()

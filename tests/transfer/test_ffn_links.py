@@ -33,15 +33,15 @@ def frame(sequence: int, layer: int = 0) -> CallFrame:
     return CallFrame(FfnRequest(CallKey(SESSION, 1, layer, 0, sequence), ((Piece(0), 2),)), 2)
 
 
-def ring(code: str = "Python") -> tuple[CallerEnd, CalleeEnd]:
+def ring(code: str = "Python", sizes: SlotSizes = SIZES) -> tuple[CallerEnd, CalleeEnd]:
     """`code`: Python, compiled, or the caller's compiled alone."""
     if code != "Python" and compiled_rings() is None:
         pytest.skip("no C compiler here")
     ours, theirs = socket.socketpair()
-    fd = create_memory(SIZES)
+    fd = create_memory(sizes)
     kernels = compiled_rings() if code != "Python" else None
-    caller = RingCaller(WorkerId("ffn-0"), RingMemory(os.dup(fd), SIZES), ours, kernels)
-    return caller, RingCallee(SESSION, RingMemory(fd, SIZES), theirs, kernels if code == "compiled" else None)
+    caller = RingCaller(WorkerId("ffn-0"), RingMemory(os.dup(fd), sizes), ours, kernels)
+    return caller, RingCallee(SESSION, RingMemory(fd, sizes), theirs, kernels if code == "compiled" else None)
 
 
 class FfnWorker:
@@ -204,6 +204,53 @@ def test_rows_may_come_from_memory_of_the_callers_own(ends: tuple[CallerEnd, Cal
     caller.post(slot, frame(1), len(rows), ctypes.addressof(ctypes.c_char.from_buffer(rows)))
     (call,) = calls(callee)
     assert bytes(call.rows) == rows
+
+
+@pytest.mark.parametrize("code", ["Python", "compiled"])
+def test_many_rows_cross_as_few_do(code: str) -> None:
+    many = SlotSizes(num_slots=1, call_bytes=1 << 20, answer_bytes=1 << 20)
+    caller, callee = ring(code, many)
+    rows = bytearray(os.urandom(many.call_bytes))
+    slot = caller.reserve()
+    assert slot is not None
+    caller.post(slot, frame(1), len(rows), ctypes.addressof(ctypes.c_char.from_buffer(rows)))
+    (call,) = calls(callee)
+    assert call.rows == rows
+    del call
+    caller.close()
+    callee.close()
+
+
+def test_more_rows_than_a_slot_has_room_for_are_not_sent(ends: tuple[CallerEnd, CalleeEnd]) -> None:
+    caller, callee = ends
+    slot = caller.reserve()
+    assert slot is not None
+    with pytest.raises(AssertionError, match="no slot has room for"):
+        caller.post(slot, frame(1), SIZES.call_bytes + 1)
+    with pytest.raises(AssertionError, match="no slot has room for"):
+        callee.answer(slot, FfnReply(frame(1).request.key), SIZES.answer_bytes + 1)
+    assert not callee.has_news()
+    assert not caller.has_news()
+
+
+def test_what_a_wait_has_found_is_not_lost_to_what_comes_after() -> None:
+    caller, callee = ring("compiled")
+    kernels = compiled_rings()
+    assert kernels is not None
+    assert callee.compiled_ring is not None
+    assert kernels.await_news([callee.compiled_ring], 1e-4) == 0.0
+    for number in (1, 2):
+        post(caller, number, b"x")
+        assert kernels.await_news([callee.compiled_ring], 20.0) > 0.0
+        assert callee.has_news()
+        assert not callee.doze()
+    found = [call.frame.request.key.sequence for call in callee.poll()]
+    assert callee.has_news()  # the second has come after the look that found the first
+    found += [call.frame.request.key.sequence for call in callee.poll()]
+    assert found == [1, 2]
+    assert not callee.has_news()
+    caller.close()
+    callee.close()
 
 
 def test_a_spinning_end_finds_what_comes_and_stops_when_nothing_does(ends: tuple[CallerEnd, CalleeEnd]) -> None:

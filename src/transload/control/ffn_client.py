@@ -212,6 +212,9 @@ class FfnClient:
 
     def _dispatch(self, call: _Call) -> None:
         """Ask for every piece that nobody is asked for. What finds no owner with credit waits, or falls back."""
+        if len(call.unsent) == 1:
+            self._dispatch_one(call, next(iter(call.unsent)))
+            return
         chosen: dict[WorkerId, list[Piece]] = {}
         load: dict[WorkerId, int] = {}
         homeless: list[Piece] = []
@@ -233,6 +236,15 @@ class FfnClient:
         if homeless:
             self._no_owner(call, homeless)
 
+    def _dispatch_one(self, call: _Call, piece: Piece) -> None:
+        """What `_dispatch` does, where nothing is to be evened out."""
+        refused_by = call.refused_by
+        owners = [o for o in self._owners.values() if piece in o.pieces and o.name not in refused_by]
+        if not owners:
+            self._no_owner(call, [piece])
+        elif (owner := self._choose(call, piece, owners, {}, {})) is not None:
+            self._send(call, owner, [piece])
+
     def _choose(
         self,
         call: _Call,
@@ -247,7 +259,7 @@ class FfnClient:
         for place, owner in enumerate(owners):
             if owner.busy_until > self._now or (len(owner.open) >= owner.credit and owner.name not in chosen):
                 continue
-            is_asked = any(
+            is_asked = bool(call.attempts) and any(
                 attempt.owner is owner and any(piece == asked for asked, _ in attempt.request.pieces)
                 for attempt in call.attempts.values()
             )
@@ -262,7 +274,7 @@ class FfnClient:
         self._sequence += 1
         name = call.name
         key = CallKey(self.config.session, name.step, name.layer, name.micro_batch, self._sequence)
-        request = FfnRequest(key, tuple((piece, call.missing[piece]) for piece in pieces))
+        request = FfnRequest(key, tuple([(piece, call.missing[piece]) for piece in pieces]))
         patience = min(MAX_PATIENCE, 2.0**call.num_timeouts) * self.config.timeout_seconds
         lost_at = self._now + max(LOST_AFTER * self.config.deadline_seconds, 2.0 * patience)
         attempt = _Attempt(call, owner, request, self._now + patience, lost_at)

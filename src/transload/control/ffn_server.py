@@ -137,8 +137,7 @@ class FfnServer:
             self._answer(FfnError(key, problem))
             return
         self._supersede(request)
-        waiting_rows = sum(waiting.num_rows for waiting in self._waiting.values())
-        if self._waiting and waiting_rows + _rows_of(request) > self.config.max_waiting_rows:
+        if self._waiting and self._waiting_rows() + _rows_of(request) > self.config.max_waiting_rows:
             self.num_busy += 1
             self._answer(FfnBusy(key))
             return
@@ -146,14 +145,18 @@ class FfnServer:
         self._lanes[key.session, key.micro_batch] = key
         self._last_step[key.session] = key.step
 
+    def _waiting_rows(self) -> int:
+        return sum([waiting.num_rows for waiting in self._waiting.values()])
+
     def _problem(self, request: FfnRequest) -> str | None:
         """Why it can never be computed here."""
         if not 0 <= request.key.layer < self.config.num_layers:
             return f"layer {request.key.layer}: there are layers 0..{self.config.num_layers - 1}"
-        foreign = sorted(piece for piece, _ in request.pieces if piece not in self.config.pieces)
+        ours = self.config.pieces
+        foreign = [piece for piece, _ in request.pieces if piece not in ours]
         if foreign:
-            return f"pieces {foreign[:8]} are not here"
-        if not request.pieces or any(rows < 1 for _, rows in request.pieces):
+            return f"pieces {sorted(foreign)[:8]} are not here"
+        if min([rows for _, rows in request.pieces], default=0) < 1:
             return "a request without rows"
         return None
 
@@ -196,6 +199,11 @@ class FfnServer:
 
         Each micro-batch is waited for by itself: one that waited for another of the same worker's would come back with
         it, and never again be away while the other is at attention."""
+        if len(self._waiting) == 1:
+            only = list(self._waiting.values())
+            if self._is_ripe(only, now):
+                self._run(only[0].request.key.layer, only)
+            return
         groups: dict[tuple[int, int], list[_Waiting]] = {}
         for waiting in self._waiting.values():
             groups.setdefault((waiting.request.key.layer, waiting.request.key.micro_batch), []).append(waiting)
@@ -207,7 +215,9 @@ class FfnServer:
     def _is_ripe(self, group: list[_Waiting], now: float) -> bool:
         if now >= group[0].arrived_at + self.config.max_wait_seconds:  # as `due_at` says it, to the bit
             return True
-        if sum(waiting.num_rows for waiting in group) >= self.config.max_rows:
+        if sum([waiting.num_rows for waiting in group]) >= self.config.max_rows:
+            return True
+        if not any(waiting.expected for waiting in group):
             return True
         present = {(waiting.request.key.session, waiting.request.key.micro_batch) for waiting in group}
         return all(lane in present or lane[0] not in self._last_seen for waiting in group for lane in waiting.expected)
@@ -220,16 +230,16 @@ class FfnServer:
                 break
             taken.append(waiting)
             num_rows += waiting.num_rows
-        lanes = frozenset((w.request.key.session, w.request.key.micro_batch) for w in taken)
+        lanes = frozenset([(w.request.key.session, w.request.key.micro_batch) for w in taken])
         for lane in lanes:
             # Of the same micro-batch only: waiting for others as well would end the ping-pong for good.
-            self._companions[lane] = frozenset(o for o in lanes if o[0] != lane[0] and o[1] == lane[1])
+            self._companions[lane] = frozenset([o for o in lanes if o[0] != lane[0] and o[1] == lane[1]])
         for waiting in taken:
             del self._waiting[waiting.request.key]
         self.num_batches += 1
         self.num_requests += len(taken)
         self.num_rows += num_rows
-        self._running = RunBatch(self.num_batches, layer, tuple(waiting.request for waiting in taken))
+        self._running = RunBatch(self.num_batches, layer, tuple([waiting.request for waiting in taken]))
         self._out.append(self._running)
 
     def _end_batch(self, number: int) -> tuple[FfnRequest, ...]:
@@ -253,4 +263,4 @@ class FfnServer:
 
 
 def _rows_of(request: FfnRequest) -> int:
-    return sum(rows for _, rows in request.pieces)
+    return sum([rows for _, rows in request.pieces])

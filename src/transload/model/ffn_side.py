@@ -44,6 +44,11 @@ class FfnSide:
     def problem(self, call: ArrivedCall, room_bytes: int) -> str | None:
         """Why a call cannot be computed as it came; `room_bytes` is what its answer may take."""
         request, num_rows = call.frame.request, call.frame.num_rows
+        if len(request.pieces) == 1:  # all rows of one piece that is here: most calls
+            piece, rows = request.pieces[0]
+            fits = len(call.rows) == rows * self._row_bytes <= room_bytes
+            if fits and rows == num_rows >= 1 and (request.key.layer, piece) in self._functions:
+                return None
         wanted = sum(rows for _, rows in request.pieces)
         if num_rows < 1 or not request.pieces or any(rows < 1 for _, rows in request.pieces):
             return "a request without rows"
@@ -61,11 +66,14 @@ class FfnSide:
                 return f"a row that is not among the {num_rows} sent"
         return None
 
-    @torch.inference_mode()
     def compute(self, layer: int, calls: Sequence[ArrivedCall], targets: Sequence[memoryview]) -> list[int]:
         """Fill each call's target; returns how many bytes of each. The calls have no `problem`."""
         if self._native is not None and (piece := self._only_piece(calls)) is not None:
             return self._compute_at_once(self._native, (layer, piece), calls, targets)
+        return self._compute_with_torch(layer, calls, targets)
+
+    @torch.inference_mode()
+    def _compute_with_torch(self, layer: int, calls: Sequence[ArrivedCall], targets: Sequence[memoryview]) -> list[int]:
         asked = []
         for call in calls:
             rows_RE, index_P = self._rows(call)

@@ -314,7 +314,9 @@ class RemoteDriver:
     def _take(self, request: FfnRequest, pieces: tuple[Piece, ...], peer: _Peer, arrived: ArrivedAnswer) -> None:
         """The rows stay in the slot until the lane has gone on."""
         cut = self._cut_for(request)
-        rows_PE = peer.answer(arrived.slot, num_rows_of(request)).to(self._device)
+        rows_PE = peer.answer(arrived.slot, num_rows_of(request))
+        if self._device.type != "cpu":
+            rows_PE = rows_PE.to(self._device)
         if len(request.pieces) == 1:
             cut.put(pieces[0], rows_PE)
             return

@@ -201,7 +201,7 @@ class FfnService:
         self.served.busy_seconds += time.monotonic() - started
         self.served.batches += 1
         self.served.requests += len(held)
-        self.served.rows += sum(one.call.frame.num_rows for one in held)
+        self.served.rows += sum([one.call.frame.num_rows for one in held])
         self._take_calls()  # so that they can join the next batch
         self._obey(self._server.handle(event, time.monotonic()))
 

@@ -1,8 +1,8 @@
 """How an end of a ring posts, finds and waits for entries: here in Python, or compiled where somebody hands that in.
 
 Owns the order of accesses to the control page: an entry is in place before the number that announces it, and whoever
-says that it dozes looks once more before it does. What the peer may have written is checked before it is used. Never
-looks into headers or rows. `model/native/ring.py` has the compiled form.
+says that it dozes looks once more before it does. What the peer may have written is checked before it is used, and
+headers are copied out of its reach. Never looks into headers or rows. `model/native/ring.py` has the compiled form.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import msgspec
 
 from transload.errors import HandoffError
 
-Entry = tuple[int, int, int]
-"""Slot, bytes of its header, bytes of its rows."""
+Entry = tuple[int, bytes, int]
+"""Slot, its header, bytes of its rows."""
 
 
 class RingPlace(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,8 +35,11 @@ class RingPlace(msgspec.Struct, frozen=True, kw_only=True):
     out_headers: int
     """Address of the first slot's header of what we send."""
     out_rows: int
+    in_headers: int
     slot_bytes: int
     most_header_bytes: int
+    most_sent_bytes: int
+    """Of rows that go out."""
     most_row_bytes: int
     """Of what comes in."""
 
@@ -44,9 +47,11 @@ class RingPlace(msgspec.Struct, frozen=True, kw_only=True):
 class Ring(Protocol):
     """One end. For one thread."""
 
-    num_seen: int
+    def has_news(self) -> bool:
+        """Whether there is something to poll."""
+        ...
 
-    def post(self, slot: int, header: bytes, num_bytes: int, rows_address: int) -> bool:
+    def post(self, slot: int, header: bytes, num_bytes: int, rows_address: int, /) -> bool:
         """Announce a slot, whose rows are copied from `rows_address` first unless that is 0. Whether the peer dozes."""
         ...
 
@@ -64,7 +69,7 @@ class RingKernels(Protocol):
 
     def ring(self, place: RingPlace) -> Ring: ...
 
-    def await_news(self, rings: Sequence[Ring], seconds: float) -> float:
+    def await_news(self, rings: list[Ring], seconds: float) -> float:
         """Look until one of its rings has news: how long that took; 0: none had by then. Lets other threads run."""
         ...
 
@@ -76,11 +81,18 @@ class PlainRing:
         self._place = place
         self._words = words
         self._num_posted = 0
-        self.num_seen = 0
+        self._num_seen = 0
+        self._news_at = place.news_at
         self._fence = threading.Lock()  # taken and released, it orders the accesses around it on every processor
+
+    def has_news(self) -> bool:
+        return bool(self._words[self._news_at] != self._num_seen)
 
     def post(self, slot: int, header: bytes, num_bytes: int, rows_address: int) -> bool:
         place, words = self._place, self._words
+        assert 0 <= slot < place.num_slots, "a slot that the ring has not"
+        assert 0 < len(header) <= place.most_header_bytes, "a header that no slot has room for"
+        assert 0 <= num_bytes <= place.most_sent_bytes, "rows that no slot has room for"
         if rows_address:
             ctypes.memmove(place.out_rows + slot * place.slot_bytes, rows_address, num_bytes)
         ctypes.memmove(place.out_headers + slot * place.slot_bytes, header, len(header))
@@ -98,7 +110,7 @@ class PlainRing:
 
     def poll(self) -> Sequence[Entry]:
         place, words = self._place, self._words
-        num_new = words[place.news_at] - self.num_seen
+        num_new = words[place.news_at] - self._num_seen
         if num_new == 0:
             return ()
         if not 0 < num_new <= place.num_slots:
@@ -106,28 +118,29 @@ class PlainRing:
         with self._fence:
             pass
         found = []
-        for number in range(self.num_seen, self.num_seen + num_new):
+        for number in range(self._num_seen, self._num_seen + num_new):
             at = place.in_entries + 4 * (number % place.num_slots)
-            entry = (words[at], words[at + 1], words[at + 2])
-            slot, header_bytes, num_bytes = entry
+            slot, header_bytes, num_bytes = words[at], words[at + 1], words[at + 2]
             in_range = 0 < header_bytes <= place.most_header_bytes and num_bytes <= place.most_row_bytes
             if slot >= place.num_slots or not in_range:
-                raise impossible(entry)
-            found.append(entry)
-        self.num_seen += num_new
+                raise impossible(slot, header_bytes, num_bytes)
+            header = ctypes.string_at(place.in_headers + slot * place.slot_bytes, header_bytes)
+            found.append((slot, header, num_bytes))
+        self._num_seen += num_new
         return found
 
     def doze(self) -> bool:
         self._words[self._place.dozes_at] = 1
         with self._fence:
             pass
-        return bool(self._words[self._place.news_at] == self.num_seen)
+        return not self.has_news()
 
 
 class ClosedRing:
     """What takes a ring's place when its memory is gone."""
 
-    num_seen = 0
+    def has_news(self) -> bool:
+        return False
 
     def post(self, _slot: int, _header: bytes, _num_bytes: int, _rows_address: int) -> bool:
         return False
@@ -143,6 +156,5 @@ def too_many(num_new: int, place: RingPlace) -> HandoffError:
     return HandoffError(f"the peer has posted {num_new} entries into a ring of {place.num_slots}")
 
 
-def impossible(entry: Entry) -> HandoffError:
-    slot, header_bytes, num_bytes = entry
+def impossible(slot: int, header_bytes: int, num_bytes: int) -> HandoffError:
     return HandoffError(f"the peer has posted slot {slot} with {header_bytes} and {num_bytes} bytes")

@@ -19,12 +19,11 @@ import os
 import socket
 import stat
 import sys
-from collections.abc import Sequence
 
 from transload.control.ffn_messages import FfnAnswer, SessionId
 from transload.control.messages import WorkerId
 from transload.errors import HandoffError, MachineError
-from transload.transfer.ffn_kernels import ClosedRing, Entry, PlainRing, Ring, RingKernels, RingPlace
+from transload.transfer.ffn_kernels import ClosedRing, PlainRing, Ring, RingKernels, RingPlace
 from transload.transfer.ffn_link import (
     HEADER_BYTES,
     MAX_SLOTS,
@@ -70,8 +69,6 @@ class RingMemory:
         starts = [_CONTROL_BYTES + slot * stride for slot in range(sizes.num_slots)]
         after_headers = 2 * HEADER_BYTES
         answers_at = after_headers + _padded(sizes.call_bytes)
-        self.call_headers = [self._view(start, HEADER_BYTES) for start in starts]
-        self.answer_headers = [self._view(start + HEADER_BYTES, HEADER_BYTES) for start in starts]
         self.call_rows = [self._view(start + after_headers, sizes.call_bytes) for start in starts]
         self.answer_rows = [self._view(start + answers_at, sizes.answer_bytes) for start in starts]
 
@@ -84,7 +81,7 @@ class RingMemory:
 
     def close(self) -> None:
         """Unmap; at once, or with the last tensor that still lies in it."""
-        self.call_headers = self.answer_headers = self.call_rows = self.answer_rows = []
+        self.call_rows = self.answer_rows = []
         self._anchor = None
         with contextlib.suppress(BufferError):
             for view in reversed(self._views):
@@ -143,8 +140,10 @@ def _place(memory: RingMemory, *, is_caller: bool) -> RingPlace:
         in_entries=_ANSWER_RING if is_caller else _CALL_RING,
         out_headers=first_slot if is_caller else first_slot + HEADER_BYTES,
         out_rows=rows_at if is_caller else rows_at + _padded(sizes.call_bytes),
+        in_headers=first_slot + HEADER_BYTES if is_caller else first_slot,
         slot_bytes=_stride(sizes),
         most_header_bytes=HEADER_BYTES,
+        most_sent_bytes=sizes.call_bytes if is_caller else sizes.answer_bytes,
         most_row_bytes=sizes.answer_bytes if is_caller else sizes.call_bytes,
     )
 
@@ -164,16 +163,12 @@ class _RingEnd:
         sock.setblocking(False)
         place = _place(memory, is_caller=is_caller)
         self._ring: Ring = kernels.ring(place) if kernels is not None else PlainRing(place, memory.words)
-        self._is_compiled = kernels is not None
-        self._news_at, self._dozes_at, self._peer_dozes_at = place.news_at, place.dozes_at, place.peer_dozes_at
+        self.compiled_ring: Ring | None = self._ring if kernels is not None else None
+        self._dozes_at, self._peer_dozes_at = place.dozes_at, place.peer_dozes_at
         self._problem: str | None = None
 
-    @property
-    def compiled_ring(self) -> Ring | None:
-        return self._ring if self._is_compiled else None
-
     def has_news(self) -> bool:
-        return self._words[self._news_at] != self._ring.num_seen or self._problem is not None
+        return self._ring.has_news() or self._problem is not None
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -199,21 +194,19 @@ class _RingEnd:
     def close(self) -> None:
         self._sock.close()
         self._words = memoryview(bytearray(_CONTROL_BYTES)).cast("Q")
-        self._ring, self._is_compiled = ClosedRing(), False  # nobody touches the memory any more
+        self._ring, self.compiled_ring = ClosedRing(), None  # nobody touches the memory any more
         self._memory.close()
 
-    def _post(self, slot: int, header: bytes, num_bytes: int, rows_address: int) -> None:
-        if self._ring.post(slot, header, num_bytes, rows_address):
-            self._words[self._peer_dozes_at] = 0
-            with contextlib.suppress(OSError):  # full: it has been woken; broken: `wake` will find out
-                self._sock.send(b"!")
+    def _wake_peer(self) -> None:
+        """It dozes: whoever posts for it must say so."""
+        self._words[self._peer_dozes_at] = 0
+        with contextlib.suppress(OSError):  # full: it has been woken; broken: `wake` will find out
+            self._sock.send(b"!")
 
-    def _read_entries(self) -> Sequence[Entry]:
-        """What is new, checked. What a peer has posted before its end is read first."""
-        found = self._ring.poll()
-        if not found and self._problem is not None:
+    def _nothing(self) -> None:
+        """Nothing is new. What a peer has posted before its end is read first."""
+        if self._problem is not None:
             raise HandoffError(self._problem)
-        return found
 
 
 class RingCaller(_RingEnd):
@@ -238,17 +231,19 @@ class RingCaller(_RingEnd):
 
     def post(self, slot: int, frame: CallFrame, num_bytes: int, rows_address: int = 0) -> None:
         self._away.add(slot)
-        self._post(slot, encode_header(frame), num_bytes, rows_address)
+        if self._ring.post(slot, encode_header(frame), num_bytes, rows_address):
+            self._wake_peer()
 
     def poll(self) -> list[ArrivedAnswer]:
-        arrived = []
-        memory = self._memory
-        for slot, header_bytes, num_bytes in self._read_entries():
+        arrived: list[ArrivedAnswer] = []
+        found = self._ring.poll()
+        if not found:
+            self._nothing()
+        for slot, header, num_bytes in found:
             if slot not in self._away:
                 raise HandoffError(f"the peer has answered slot {slot}, which holds no call")
             self._away.discard(slot)
-            header = bytes(memory.answer_headers[slot][:header_bytes])
-            arrived.append(ArrivedAnswer(slot, decode_answer(header), memory.answer_rows[slot][:num_bytes]))
+            arrived.append(ArrivedAnswer(slot, decode_answer(header), self._memory.answer_rows[slot][:num_bytes]))
         return arrived
 
     def release(self, slot: int) -> None:
@@ -266,14 +261,15 @@ class RingCallee(_RingEnd):
         self._held: set[int] = set()
 
     def poll(self) -> list[ArrivedCall]:
-        arrived = []
-        memory = self._memory
-        for slot, header_bytes, num_bytes in self._read_entries():
+        arrived: list[ArrivedCall] = []
+        found = self._ring.poll()
+        if not found:
+            self._nothing()
+        for slot, header, num_bytes in found:
             if slot in self._held:
                 raise HandoffError(f"the peer calls with slot {slot}, which holds a call already")
             self._held.add(slot)
-            header = bytes(memory.call_headers[slot][:header_bytes])
-            arrived.append(ArrivedCall(slot, decode_call(header), memory.call_rows[slot][:num_bytes]))
+            arrived.append(ArrivedCall(slot, decode_call(header), self._memory.call_rows[slot][:num_bytes]))
         return arrived
 
     def answer_buffer(self, slot: int) -> memoryview:
@@ -281,4 +277,5 @@ class RingCallee(_RingEnd):
 
     def answer(self, slot: int, answer: FfnAnswer, num_bytes: int) -> None:
         self._held.discard(slot)
-        self._post(slot, encode_header(answer), num_bytes, 0)
+        if self._ring.post(slot, encode_header(answer), num_bytes, 0):
+            self._wake_peer()

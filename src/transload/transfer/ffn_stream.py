@@ -185,6 +185,7 @@ class StreamCaller(_StreamEnd):
         return self._answer_rows[slot]
 
     def post(self, slot: int, frame: CallFrame, num_bytes: int, rows_address: int = 0) -> None:
+        assert 0 <= num_bytes <= self.sizes.call_bytes, "rows that no slot has room for"
         self._away.add(slot)
         if rows_address:
             ctypes.memmove(self._call_addresses[slot], rows_address, num_bytes)
@@ -223,6 +224,7 @@ class StreamCallee(_StreamEnd):
         return self._answer_rows[slot]
 
     def answer(self, slot: int, answer: FfnAnswer, num_bytes: int) -> None:
+        assert 0 <= num_bytes <= self.sizes.answer_bytes, "rows that no slot has room for"
         self._held.discard(slot)
         self._send(slot, encode_header(answer), self._answer_rows[slot][:num_bytes])
 

@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Sequence
 
-from transload.transfer.ffn_kernels import RingKernels
+from transload.transfer.ffn_kernels import Ring, RingKernels
 from transload.transfer.ffn_link import LinkEnd
 
 SHORT_SPIN_SECONDS = 20e-6
@@ -50,10 +50,10 @@ class Waiter:
             if end.has_news():
                 return True
         started = time.monotonic()
-        spin_until = started + self._spin_seconds()
-        if due_at is not None and due_at < spin_until + TICK_SECONDS:
-            spin_until = due_at  # no sleep is that short
-        if spin_until > started and (took := self._spin(ends, started, spin_until)):
+        seconds = self._spin_seconds()
+        if due_at is not None and due_at < started + seconds + TICK_SECONDS:
+            seconds = due_at - started  # no sleep is that short
+        if ends and seconds > 0.0 and (took := self._spin(ends, started, seconds)):
             self.num_spins += 1
             self._learn(took)
             return True
@@ -63,13 +63,17 @@ class Waiter:
         self._learn(time.monotonic() - started)
         return found
 
-    def _spin(self, ends: Sequence[LinkEnd], started: float, until: float) -> float:
+    def _spin(self, ends: Sequence[LinkEnd], started: float, seconds: float) -> float:
         """How long it took until something came; 0 if nothing has."""
         if self._kernels is not None:
-            rings = [ring for end in ends if (ring := end.compiled_ring) is not None]
-            if len(rings) == len(ends):
-                return self._kernels.await_news(rings, until - started)
-        now = started
+            rings: list[Ring] = []
+            for end in ends:
+                if (ring := end.compiled_ring) is None:
+                    break
+                rings.append(ring)
+            else:
+                return self._kernels.await_news(rings, seconds)
+        now, until = started, started + seconds
         while now < until:
             for _ in range(8):
                 for end in ends:
@@ -79,11 +83,13 @@ class Waiter:
         return 0.0
 
     def _spin_seconds(self) -> float:
-        wanted = 2.0 * self._typical
-        return min(wanted if self._typical < self._most_spin else SHORT_SPIN_SECONDS, self._most_spin)
+        most = self._most_spin
+        wanted = 2.0 * self._typical if self._typical < most else SHORT_SPIN_SECONDS
+        return wanted if wanted < most else most
 
     def _learn(self, seconds: float) -> None:
-        self._typical += (min(seconds, 4.0 * self._most_spin) - self._typical) / 8
+        most = 4.0 * self._most_spin
+        self._typical += ((seconds if seconds < most else most) - self._typical) / 8
 
     def _sleep(self, ends: Sequence[LinkEnd], due_at: float | None) -> bool:
         self.num_sleeps += 1

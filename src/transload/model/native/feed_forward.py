@@ -1,6 +1,6 @@
 """Feed-forwards by themselves through the kernels: gate, up, SiLU and down in one call, for several callers' rows.
 
-Owns the structs that describe them and their scratch memory. Never decides which rows are computed together.
+Owns what describes them to the kernels and their scratch memory. Never decides which rows are computed together.
 """
 
 from __future__ import annotations
@@ -8,26 +8,20 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from ctypes import Structure, c_int64, c_void_p
 
 import torch
 
 from transload.control.ffn_messages import Piece
 from transload.model.llama import FeedForward
-from transload.model.native.library import LayerStruct, Library, ModelStruct, load
+from transload.model.native.library import Library, load
 from transload.model.native.packed import KINDS
 from transload.model.native.step import linear_struct, open_threads
+from transload.model.native.structs import CallerStruct, LayerStruct, ModelStruct
 
 Place = tuple[int, Piece]
 """Layer and piece."""
 RowsOf = tuple[int, int, int]
 """Of one caller: address of its rows, how many, address that as many results go to."""
-
-
-class CallerStruct(Structure):
-    """`struct caller_rows` of split.h."""
-
-    _fields_ = (("rows", c_void_p), ("num_rows", c_int64), ("out", c_void_p))
 
 
 class NativeFeedForwards:

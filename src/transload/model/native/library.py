@@ -20,11 +20,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from ctypes import POINTER, Structure, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, c_char_p, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
+from typing import Any
 
 from transload.errors import MachineError
 from transload.model.cache import cache_folder, locked
+from transload.model.native.python_calls import builtin, python_struct
+from transload.model.native.structs import TWINS, LayerStruct, LinearStruct, ModelStruct, PythonStruct, StepStruct
 
 SWITCH = "TRANSLOAD_NATIVE"
 """Environment variable: 0 leaves the kernels alone."""
@@ -34,6 +37,7 @@ SOURCES = (
     "cells.h",
     "groups.h",
     "pool.h",
+    "python.h",
     "ring.h",
     "split.h",
     "stored.h",
@@ -51,85 +55,12 @@ RETRY_SECONDS = 24 * 3600.0
 _FOLDER = Path(__file__).parent
 
 
-class LinearStruct(Structure):
-    """`struct linear` of tiles.h."""
-
-    _fields_ = (
-        ("num_outputs", c_int64),
-        ("num_inputs", c_int64),
-        ("kind", c_int64),
-        ("split", c_int64),
-        ("weight", c_void_p),
-        ("bias", c_void_p),
-    )
-
-
-class LayerStruct(Structure):
-    """`struct layer` of llama.c."""
-
-    _fields_ = (
-        ("input_norm", c_void_p),
-        ("query_norm", c_void_p),
-        ("key_norm", c_void_p),
-        ("ffn_norm", c_void_p),
-        ("qkv", LinearStruct),
-        ("output", LinearStruct),
-        ("gate_up", LinearStruct),
-        ("down", LinearStruct),
-        ("window", c_int64),
-    )
-
-
-class ModelStruct(Structure):
-    """`struct model` of llama.c."""
-
-    _fields_ = (
-        ("hidden_size", c_int64),
-        ("intermediate_size", c_int64),
-        ("num_layers", c_int64),
-        ("num_heads", c_int64),
-        ("num_kv_heads", c_int64),
-        ("head_dim", c_int64),
-        ("vocab_size", c_int64),
-        ("kind", c_int64),
-        ("norm_eps", c_double),
-        ("final_norm", c_void_p),
-        ("embedding", c_void_p),
-        ("head", LinearStruct),
-        ("layers", POINTER(LayerStruct)),
-    )
-
-
-class StepStruct(Structure):
-    """`struct step` of llama.c, with `struct cache` of attention.h at its end."""
-
-    _fields_ = (
-        ("num_rows", c_int64),
-        ("num_spans", c_int64),
-        ("num_kept", c_int64),
-        ("token_ids", c_void_p),
-        ("cosines", c_void_p),
-        ("sines", c_void_p),
-        ("positions", c_void_p),
-        ("row_blocks", c_void_p),
-        ("spans", c_void_p),
-        ("blocks", c_void_p),
-        ("kept", c_void_p),
-        ("kept_spans", c_void_p),
-        ("cache_base", c_void_p),
-        ("cache_kind", c_int64),
-        ("cache_num_layers", c_int64),
-        ("cache_num_kv_heads", c_int64),
-        ("cache_block_size", c_int64),
-        ("cache_head_dim", c_int64),
-    )
-
-
 class Library:
     """The functions of a loaded build."""
 
     def __init__(self, path: Path) -> None:
-        """Raises `OSError` or `AttributeError` if the file is not a build of these sources."""
+        """Raises `OSError` or `AttributeError` if the file is not a build of these sources, and `MachineError` if these
+        sources do not fit this Python."""
         library = ctypes.CDLL(str(path))
 
         def function(name: str, result: type | None, *arguments: object) -> ctypes._NamedFuncPointer:
@@ -156,8 +87,10 @@ class Library:
         self.copy_cells = function(
             "copy_cells", None, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64
         )
+        self._check_sizes(function)
         self._add_split(function)
-        self._add_ring(path)
+        self._ring_method = function("ring_method", c_void_p, c_char_p)
+        function("use_python", None, POINTER(PythonStruct))(ctypes.byref(python_struct()))
         self.lanes: int = function("lanes", c_int64)()
         self.instruction_set: str = function("instruction_set", c_char_p)().decode()
 
@@ -171,19 +104,20 @@ class Library:
         self.head = function("head", c_int, c_void_p, c_void_p, c_int64, c_void_p)
         self.feed_forward = function("feed_forward", c_int, c_void_p, POINTER(LayerStruct), c_void_p, c_int64)
 
-    def _add_ring(self, path: Path) -> None:
-        """Of ring.h. What returns at once keeps the interpreter's lock: letting it go costs more than the work."""
-        at_once, waiting = ctypes.PyDLL(str(path)), ctypes.CDLL(str(path))
+    def _check_sizes(self, function: Callable[..., ctypes._NamedFuncPointer]) -> None:
+        """Kernels that read other structs than they are given would read anything."""
+        size_of = function("size_of", c_int64, c_char_p)
+        for name, twin in TWINS.items():
+            theirs = size_of(name.encode())
+            if theirs != ctypes.sizeof(twin):
+                ours = f"{twin.__name__} {ctypes.sizeof(twin)}"
+                raise MachineError(f"our own mistake: struct {name} of the kernels has {theirs} bytes, {ours}")
 
-        def function(of: ctypes.CDLL, name: str, result: type, *arguments: object) -> ctypes._NamedFuncPointer:
-            found = getattr(of, f"transload_ring_{name}")
-            found.restype, found.argtypes = result, arguments
-            return found  # type: ignore[no-any-return]
-
-        self.ring_post = function(at_once, "post", c_int, c_void_p, c_int64, c_char_p, c_int64, c_void_p, c_int64)
-        self.ring_poll = function(at_once, "poll", c_int64, c_void_p)
-        self.ring_doze = function(at_once, "doze", c_int, c_void_p)
-        self.ring_await = function(waiting, "await", c_int64, c_void_p, c_int64, c_int64)
+    def ring_function(self, name: str, address: int) -> Callable[..., Any]:
+        """A function of ring.h, for the ring that lies there and must stay as long as it is called."""
+        method = self._ring_method(name.encode())
+        assert method is not None, name
+        return builtin(method, address)
 
 
 def load() -> Library | None:

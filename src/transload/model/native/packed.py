@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from transload.model.native.library import LayerStruct, Library, LinearStruct, load
+from transload.model.native.library import Library, load
+from transload.model.native.structs import LinearStruct
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _GROUPED_KINDS = {"Q4_1": 2, "Q8_0": 3}
@@ -22,7 +23,7 @@ _ALIGNMENT = 64
 _STORED_BITS = {"Q4_1": (True, 20), "Q8_0": (False, 34)}
 """GGUF kinds that the kernels read: whether a number has four bits, and the bytes of a block of 32."""
 
-__all__ = ["KINDS", "Arena", "LayerStruct", "PackedLinear", "first_largest", "fits", "read_stored"]
+__all__ = ["KINDS", "Arena", "PackedLinear", "first_largest", "fits", "read_stored"]
 
 
 class Arena:

@@ -17,8 +17,9 @@ from transload.model.batch import layer_windows
 from transload.model.kv_cache import IntArray, KvCache
 from transload.model.linear import Linear
 from transload.model.llama import AttentionParts, LlamaModel, RmsNorm
-from transload.model.native.library import LayerStruct, Library, LinearStruct, ModelStruct, StepStruct
+from transload.model.native.library import Library
 from transload.model.native.packed import KINDS
+from transload.model.native.structs import LayerStruct, LinearStruct, ModelStruct, StepStruct
 from transload.model.rope import RotaryEmbedding
 
 MOST_QUERY_ROWS = 96
