@@ -43,8 +43,8 @@ def setup(name: str, server: LiveServer, args: argparse.Namespace, minutes: floa
     """One server under load and disturbance; the server is to be whole again afterwards."""
     random, done = Random(f"{args.seed}/{name}"), Counter[str]()
     eventually(lambda: all_ready(server))
-    right = undisturbed(server, PROMPTS, args.max_tokens)
     before = holdings(server)
+    right = undisturbed(server, PROMPTS, args.max_tokens)
     load = Load(server, right, num_callers=args.streams, max_tokens=args.max_tokens)
     end = time.monotonic() + 60 * minutes
     while time.monotonic() < end:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.live import LiveServer, eventually
-from tests.e2e.test_afd_experts import LENGTHS, SHORT, complete, greedy
+from tests.e2e.test_afd_experts import LENGTHS, PROMPTS, SHORT, complete, greedy
 from tests.e2e.test_two_hosts import HERE, TOKEN, other_host, worker_by_hand
 from tests.model.tiny_models import saved, tiny_model
 from tests.model.tiny_tokenizers import byte_level, saved_tokenizer
@@ -41,6 +41,21 @@ def waiting_server(oracle: Any, folder: Path, file: str, *changes: str) -> Itera
         server.stop(signal.SIGTERM)
     finally:
         server.stop()
+
+
+def complete_together(server: LiveServer, lengths: list[int]) -> list[list[str]]:
+    """As `complete`, but all at once and equally long: two in a step are two micro-batches, for two workers."""
+    (length,) = set(lengths)
+    answer = server.client.completions.create(
+        model="default",
+        prompt=PROMPTS,
+        max_tokens=length,
+        temperature=0,
+        logprobs=0,
+        extra_body={"ignore_eos": True, "return_tokens_as_token_ids": True},
+    )
+    choices = sorted(answer.choices, key=lambda choice: choice.index)
+    return [list(choice.logprobs.tokens or []) for choice in choices if choice.logprobs is not None]
 
 
 def address(server: LiveServer) -> str:
@@ -90,7 +105,9 @@ def test_one_of_two_workers_that_were_started_by_hand_is_enough_and_another_may_
         server.wait_until_ready()
         assert complete(server, LENGTHS, first.kill) == greedy(oracle, LENGTHS)
         eventually(lambda: server.workers()["attention-0"].get("ffn_links") == {"ffn-1": "tcp"})
+        rows = server.metric("transload_ffn_computed_rows_total", worker="ffn-0")
         start("ffn-0")
         eventually(lambda: len(server.workers()["attention-0"].get("ffn_links", {})) == 2)
-        assert complete(server, SHORT) == greedy(oracle, SHORT)
+        assert complete_together(server, SHORT) == greedy(oracle, SHORT)
+        eventually(lambda: server.metric("transload_ffn_computed_rows_total", worker="ffn-0") > rows)
         assert server.metric("transload_ffn_fallbacks_total") == 0

@@ -10,6 +10,7 @@ import contextlib
 import os
 import resource
 import subprocess
+import sys
 import time
 import zipfile
 from collections import Counter
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.slow
 EXACT = ("--dtype", "float32", "--deterministic", "--set", "router.local_prefill=fallback")
 TCP = str(Path(__file__).parents[2] / "deployments" / "1p1d-tcp.yaml")
 MAX_TOKENS = 24
+LOG_IS_FULL = "controller.1.jsonl: cannot be written any more"
 NUM_CALLERS = 3
 
 
@@ -49,9 +51,9 @@ def test_workers_killed_and_stopped_at_random_moments_under_load() -> None:
         before = holdings(server)
         load, done = busy(server, 15.0, pause_seconds=2.0, seed=5)
         assert not load.wrong, load.ends
+        assert not load.num_hung
         assert load.ends["whole"] >= NUM_CALLERS, load.ends
         assert any(what.startswith("kill") for what in done), done
-        assert not load.num_hung
         assert any(what.startswith("stop") for what in done), done
         eventually(lambda: all_ready(server))
         server.check_idle()
@@ -76,9 +78,9 @@ def test_bits_changed_between_two_workers_never_reach_a_text() -> None:
 
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[Path]:
-    """A file system of 128 KiB."""
+    """A file system of 48 KiB."""
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount")
     try:
@@ -92,6 +94,47 @@ def limit_file_size(server: LiveServer, num_bytes: int) -> None:
     shared either, as if there were none left."""
     hard = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)[1]
     resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (num_bytes, hard))
+
+
+def test_without_disk_or_shared_memory_the_server_goes_on_and_comes_back(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "log") as log, leaves_no_files(), LiveServer(*EXACT, event_log=log) as server:
+        eventually(lambda: all_ready(server))
+        before = holdings(server)
+        right = undisturbed(server, PROMPTS[:2], MAX_TOKENS)
+        for _ in range(60):
+            if LOG_IS_FULL in server.output():
+                break
+            assert judge(ask(server.client, PROMPTS[0], MAX_TOKENS), right[PROMPTS[0]]) == "whole"
+        assert LOG_IS_FULL in server.output()
+
+        load = Load(server, right, num_callers=2, max_tokens=MAX_TOKENS)
+        eventually(lambda: load.ends["whole"] >= 2)
+        limit_file_size(server, 1 << 20)
+        killed = server.kill("decode-0")
+        eventually(lambda: "no memory for a KV pool" in str(server.workers()["decode-0"]["problem"]))
+        assert "decode-0: no memory for a KV pool" in server.output()
+        num_whole = load.ends["whole"]
+        time.sleep(1.0)
+        assert load.ends["whole"] == num_whole, "there is nobody to decode"
+        limit_file_size(server, resource.RLIM_INFINITY)
+        server.wait_for_worker("decode-0", other_than=killed)
+        eventually(lambda: load.ends["whole"] >= num_whole + 2)
+        load.stop()
+        assert not load.wrong, load.ends
+        assert not load.num_hung
+        assert load.num_recovered > 0
+        assert server.workers()["decode-0"]["problem"] is None
+        server.check_idle()
+        eventually(lambda: holdings(server) == {**before, "files": before["files"] - 1})  # the log is closed
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_disk_under_its_words_does_not_stop_a_server() -> None:
+    command = [sys.executable, "-m", "transload", "serve", "--port", "0", "--topology", "1agg", "--ask", "Hi", "--once"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, text=True, timeout=120, check=False)
+    assert done.returncode == 0
+    assert len(done.stdout.split()) > 1, "the question, and an answer"
 
 
 def local_wheel(folder: Path) -> Path:
