@@ -54,8 +54,8 @@ class Slowdown(Part, frozen=True, kw_only=True):
     """Beyond `prefill`, of prompts whose cache goes to another worker while they are computed."""
 
 
-class Reference(Part, frozen=True, kw_only=True):
-    """A prompt of 128 tokens, and a decode of 4 requests at 256: to see later how fast the machine is then."""
+class Speed(Part, frozen=True, kw_only=True):
+    """Of a machine at a time: a prompt of 16 tokens, and a decode of 4 requests at 256."""
 
     prefill_seconds: Annotated[float, Meta(gt=0)]
     decode_seconds: Annotated[float, Meta(gt=0)]
@@ -135,8 +135,8 @@ class MeasuredSteps(Part, frozen=True, kw_only=True):
     front_end: FrontEnd = FrontEnd()
     links: dict[str, MeasuredLink] = {}
     """By transport: shm, tcp."""
-    reference: Reference | None = None
-    """None where steps were not measured one by one."""
+    speed: Speed | None = None
+    """Of the machine to which the steps above belong. None: not measured, as of an endpoint."""
     load_seconds: Seconds = 0.0
     """Of a worker that is started."""
     step_error: Annotated[float, Meta(ge=0)] = 0.0

@@ -30,6 +30,8 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     """At least so often,"""
     seconds: float = 0.0
     """and for at least so long."""
+    core: int | None = None
+    """On this one; None: wherever the plan lets it."""
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,10 +51,14 @@ def serve_orders(orders: TextIO, answers: TextIO) -> int:
     if plan.cores:
         os.sched_setaffinity(0, plan.cores)
     executor, _memory, _ = build_executor(plan)
+    home = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     _say(answers, Answer(load_seconds=time.monotonic() - began))
     for line in orders:
         try:
-            _say(answers, _measure(executor, msgspec.json.decode(line, type=Order)))
+            order = msgspec.json.decode(line, type=Order)
+            if home:
+                os.sched_setaffinity(0, home if order.core is None else {order.core})
+            _say(answers, _measure(executor, order))
         except (RuntimeError, ValueError) as problem:
             _say(answers, Answer(error=f"{type(problem).__name__}: {problem}"))
     return 0

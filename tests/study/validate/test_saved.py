@@ -11,19 +11,19 @@ from tests.study.validate.test_virtual import chip_file
 from transload.cli import main
 from transload.deploy.resolve import resolve
 from transload.errors import DeploymentError
-from transload.hardware.measured import Reference, Slowdown
+from transload.hardware.measured import Slowdown, Speed
 from transload.study.provenance import machine_facts, versions
 from transload.study.validate.compare import compare
 from transload.study.validate.saved import Validation, load_of, read_validation, simulate_again, write_validation
 from transload.study.validate.virtual import measured_of, play_virtual
 from transload.study.workload import Fixed, Poisson, Synthetic, synthetic
 
-SPEED = Reference(prefill_seconds=0.08, decode_seconds=0.012)
+SPEED = Speed(prefill_seconds=0.08, decode_seconds=0.012)
 
 
 @pytest.fixture
 def chip(tmp_path: Path) -> str:
-    return chip_file(tmp_path, reference=SPEED)
+    return chip_file(tmp_path, speed=SPEED)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_the_same_chip_gives_the_same_simulation(saved: Path, chip: str) -> None
 def test_another_chip_changes_the_simulated_half_alone(saved: Path, tmp_path: Path) -> None:
     folder = tmp_path / "slower"
     folder.mkdir()
-    slower = chip_file(folder, step_gap_seconds=0.05, reference=SPEED)
+    slower = chip_file(folder, step_gap_seconds=0.05, speed=SPEED)
     before = read_validation(str(saved))
     after = simulate_again(str(saved), slower, lambda _line: None, command=("again",))
     assert after.measured == before.measured
@@ -78,8 +78,8 @@ def test_another_chip_changes_the_simulated_half_alone(saved: Path, tmp_path: Pa
 def test_a_machine_that_was_slower_at_the_load_is_simulated_so(saved: Path, tmp_path: Path) -> None:
     folder = tmp_path / "faster"
     folder.mkdir()
-    faster = Reference(prefill_seconds=SPEED.prefill_seconds, decode_seconds=SPEED.decode_seconds / 1.5)
-    chip = chip_file(folder, reference=faster)
+    faster = Speed(prefill_seconds=SPEED.prefill_seconds, decode_seconds=SPEED.decode_seconds / 1.5)
+    chip = chip_file(folder, speed=faster)
     follows, stays = (
         simulate_again(str(saved), chip, lambda _line: None, command=("again",), follows_drift=follows)
         for follows in (True, False)
@@ -95,7 +95,7 @@ def test_a_machine_that_was_slower_at_the_load_is_simulated_so(saved: Path, tmp_
 
 def test_what_is_no_validation_is_refused(saved: Path, chip: str, tmp_path: Path) -> None:
     old = tmp_path / "old.json"
-    old.write_bytes(saved.read_bytes().replace(b"transload-validation-2", b"transload-validation-1"))
+    old.write_bytes(saved.read_bytes().replace(b"transload-validation-3", b"transload-validation-1"))
     for path, words in ((str(old), "of this version wrote"), (str(tmp_path / "none.json"), "cannot read")):
         with pytest.raises(DeploymentError, match=words):
             simulate_again(path, chip, lambda _line: None, command=())

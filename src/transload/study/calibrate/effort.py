@@ -11,7 +11,7 @@ from transload.study.provenance import machine_facts
 Say = Callable[[str], None]
 BUSY_SHARE = 0.3
 """Of the cores: with more of them at work for others, times are those of a busy machine."""
-TOGETHER_SECONDS = 1.5
+TOGETHER_SECONDS = 0.6
 ROUNDS = 3
 
 
@@ -33,6 +33,11 @@ class Effort(msgspec.Struct, frozen=True, kw_only=True):
     def rounds(self) -> int:
         """Everything is measured so often, with the rest between: a machine's speed changes within minutes."""
         return 1 if self.quick else ROUNDS
+
+    @property
+    def look_seconds(self) -> float:
+        """Between looks at the machine's speed, where little goes on that they could disturb."""
+        return 1.5
 
     @property
     def together_seconds(self) -> float:

@@ -18,16 +18,16 @@ from transload.deploy.plan import Placement, WorkerPlan
 from transload.deploy.spec import Deployment
 from transload.errors import DeploymentError
 from transload.hardware.cost.measured import MeasuredStepCost
-from transload.hardware.measured import MeasuredSteps, Reference, Slowdown
+from transload.hardware.measured import MeasuredSteps, Slowdown, Speed
 from transload.model.native.library import load
 from transload.model.source import ModelFiles, locate
 from transload.study.calibrate import fit as fitting
 from transload.study.calibrate.effort import Effort, Say, warn_if_busy
 from transload.study.calibrate.probes import Probe, StepOrder, probes
-from transload.study.calibrate.reference import drift, measure_reference, typical
 from transload.study.calibrate.served import measure_served
 from transload.study.calibrate.server import Played, ServerProcess, new_folder, play
 from transload.study.calibrate.serving import front_end_cpu, observe_serving, prefill_slowdown
+from transload.study.calibrate.speed import cores_of, drift, look, mean_of, watching, watching_machine_of
 from transload.study.calibrate.together import measure_interference
 from transload.study.metrics import RequestRecord
 from transload.study.provenance import machine_facts
@@ -52,30 +52,31 @@ def calibrate_machine(deployment: Deployment, effort: Effort, say: Say, *, comma
         return _as_served(deployment, placement, files, effort, say, command=command)
     say(f"measuring steps of {plans[0].name}: {files.name}, {plans[0].dtype}, {plans[0].threads} thread(s)")
     with probes(plans) as running:
-        times, reference = _measure_steps(running[0], effort, say)
+        times, speed = _measure_steps(running[0], effort, say)
         beside = measure_interference(running, effort, say)
         for other in running[1:]:
             other.close()  # a server is to have its memory
         section = _section(fitting.fit(times), times, plans[0], files, command=command, threads=plans[0].threads)
-        section = msgspec.structs.replace(
-            section, beside=beside, load_seconds=running[0].load_seconds, reference=reference
-        )
+        section = msgspec.structs.replace(section, beside=beside, load_seconds=running[0].load_seconds, speed=speed)
         return _served(deployment, placement, section, running[0], effort, say)
 
 
 def _served(
     deployment: Deployment, placement: Placement, section: MeasuredSteps, probe: Probe, effort: Effort, say: Say
 ) -> MeasuredSteps:
-    """With what serving adds, on a machine whose speed the probe, idle otherwise, looks at before and after."""
-    reference = section.reference
-    assert reference is not None
+    """With what serving adds, on a machine whose speed the probe, idle otherwise, looks at meanwhile."""
+    speed = section.speed
+    assert speed is not None
     say("starting a server to measure what serving adds")
-    with new_folder() as name, ServerProcess(deployment, Path(name)) as server:
+    with (
+        new_folder() as name,
+        ServerProcess(deployment, Path(name)) as server,
+        watching(probe, effort.look_seconds) as watch,
+    ):
         _loop(server, num_requests=2, concurrency=1, output=8, seed=1)  # first uses
-        seen = [measure_reference(probe, effort.rounds)]
+        watch.since()
         section = _with_serving(section, server, effort, say)
-        seen.append(measure_reference(probe, effort.rounds))
-    moved = drift(reference, typical(seen))
+        moved = drift(speed, watch.since())
     serving = Slowdown(
         prefill=section.serving.prefill / moved.prefill,
         decode=section.serving.decode / moved.decode,
@@ -88,28 +89,30 @@ def _served(
     )
     if all(plan.role != "prefill" for plan in placement.workers):
         return section
-    local = _local_prefill(deployment, section, effort)
-    seen.append(measure_reference(probe, effort.rounds))
-    local /= drift(reference, typical(seen[1:])).prefill
+    local = _local_prefill(deployment, section, probe, effort)
     say(f"  prompts take {local:.2f} x while serving where they are not streamed to another worker")
     streaming = section.serving.prefill * section.serving.streaming / local
     serving = msgspec.structs.replace(section.serving, prefill=local, streaming=streaming)
     return msgspec.structs.replace(section, serving=serving)
 
 
-def _local_prefill(deployment: Deployment, section: MeasuredSteps, effort: Effort) -> float:
+def _local_prefill(deployment: Deployment, section: MeasuredSteps, probe: Probe, effort: Effort) -> float:
     """How much longer prompts take while serving, on a worker that keeps their cache."""
+    assert section.speed is not None
     router = msgspec.structs.replace(deployment.router, local_prefill="always")
     bare = MeasuredStepCost(msgspec.structs.replace(section, serving=Slowdown(), step_gap_seconds=0.0))
     with (
         new_folder() as name,
         ServerProcess(msgspec.structs.replace(deployment, router=router), Path(name)) as server,
+        watching(probe, effort.look_seconds) as watch,
     ):
         _loop(server, num_requests=2, concurrency=1, output=4, seed=1)
         before = read_timeline(server.event_log).duration_seconds
+        watch.since()
         _loop(server, num_requests=effort.single_requests, concurrency=1, output=4, seed=2)
+        moved = drift(section.speed, watch.since())
         steps = [step for step in read_timeline(server.event_log).steps if step.start_seconds > before]
-    return prefill_slowdown(steps, bare) or 1.0
+    return (prefill_slowdown(steps, bare) or 1.0) / moved.prefill
 
 
 def _section(
@@ -157,8 +160,13 @@ def _as_served(
     standing for all."""
     say("feed-forwards are computed elsewhere: measuring steps of a server of this deployment")
     plan = _representatives(placement)[0]
-    with new_folder() as name, ServerProcess(deployment, Path(name)) as server:
+    with (
+        new_folder() as name,
+        ServerProcess(deployment, Path(name)) as server,
+        watching_machine_of(deployment) as watch,
+    ):
         _loop(server, num_requests=2, concurrency=1, output=8, seed=1)  # first uses
+        watch.since()
         seeds = count(1_000)
 
         def ask(users: int, prompt: int, output: int) -> list[Step]:
@@ -168,10 +176,12 @@ def _as_served(
             return [step for step in timeline.steps if step.start_seconds > before and step.worker == plan.name]
 
         times = measure_served(ask, max_batch=plan.limits.max_batch, effort=effort, say=say)
+        speed = watch.since()
         threads = sum(each.threads for each in placement.workers if each.starts_here)
         section = _section(fitting.fit(times), times, plan, files, command=command, threads=threads)
         section = _with_serving(section, server, effort, say)
-    return msgspec.structs.replace(section, serving=Slowdown())  # they were measured while serving
+    # they were measured while serving
+    return msgspec.structs.replace(section, serving=Slowdown(), speed=speed)
 
 
 def _kv_bytes_per_token(files: ModelFiles, plan: WorkerPlan) -> int:
@@ -179,9 +189,10 @@ def _kv_bytes_per_token(files: ModelFiles, plan: WorkerPlan) -> int:
     return layout.block_bytes // layout.block_size
 
 
-def _measure_steps(probe: Probe, effort: Effort, say: Say) -> tuple[dict[StepOrder, float], Reference]:
-    """Median seconds of each, over all rounds, and of the reference in the same time."""
-    plan = probe.plan
+def _measure_steps(probe: Probe, effort: Effort, say: Say) -> tuple[dict[StepOrder, float], Speed]:
+    """Median seconds of each, over all rounds, as if the machine had been as fast as it typically was all the time:
+    each is put right by two looks, right before and after it, at the same core."""
+    plan, core = probe.plan, cores_of(probe.plan)[0]
     wanted = fitting.orders(
         max_batch=plan.limits.max_batch,
         step_tokens=plan.limits.step_tokens,
@@ -190,17 +201,30 @@ def _measure_steps(probe: Probe, effort: Effort, say: Say) -> tuple[dict[StepOrd
         repeats=2 if effort.quick else REPEATS,
         quick=effort.quick,
     )
-    times: dict[StepOrder, list[float]] = {order: [] for order in wanted}
-    references = [measure_reference(probe, 1)]
+    found: dict[StepOrder, list[tuple[float, Speed]]] = {order: [] for order in wanted}
+    look(probe, core)
+    looks = [look(probe, core)]
     for number in range(1, effort.rounds + 1):
         for order in wanted:
-            times[order] += probe.alone_seconds(probe.measure(order))[1:]  # the first one grows scratch memory
-        references.append(measure_reference(probe, 1))
+            times = probe.measure(msgspec.structs.replace(order, core=core))
+            looks.append(look(probe, core))
+            seconds = median(probe.alone_seconds(times)[1:])  # the first one grows scratch memory
+            found[order].append((seconds, mean_of(looks[-2:])))
         say(f"  round {number} of {effort.rounds}: {len(wanted)} steps")
-    medians = {order: median(seconds) for order, seconds in times.items()}
+    typical = Speed(
+        prefill_seconds=median(each.prefill_seconds for each in looks),
+        decode_seconds=median(each.decode_seconds for each in looks),
+    )
+    medians = {order: median(_put_right(order, each, typical) for each in seen) for order, seen in found.items()}
     for order, seconds in medians.items():
         say(f"  {_words(order)}: {seconds * 1e3:.1f} ms")
-    return medians, typical(references)
+    return medians, typical
+
+
+def _put_right(order: StepOrder, seen: tuple[float, Speed], typical: Speed) -> float:
+    seconds, around = seen
+    moved = drift(typical, around)
+    return seconds / (moved.prefill if order.prefill else moved.decode)
 
 
 def _words(order: StepOrder) -> str:

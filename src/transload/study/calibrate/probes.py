@@ -29,6 +29,7 @@ class StepOrder(msgspec.Struct, frozen=True, kw_only=True):
     """Context of each decoding request, its new token included."""
     repeats: int = 1
     seconds: float = 0.0
+    core: int | None = None
 
     @property
     def num_cached_tokens(self) -> int:

@@ -1,6 +1,7 @@
 """What cores of this machine do to each other: steps alone, and the same steps while another core is at work.
 
-Alone and together take turns in short rounds, so that a machine that is now faster and now slower is so for both. A
+Alone and together take turns in short rounds, each worker on a core of its own, so that a machine that is now faster
+and now slower is so for both. A
 step that had to wait for a core did not compute more slowly: that is counted where cores are shared out.
 """
 
@@ -11,11 +12,15 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from statistics import median
+
+import msgspec
 
 from transload.hardware.measured import BesideEach, Interference
 from transload.study.calibrate.effort import Effort, Say
 from transload.study.calibrate.probes import Probe, StepOrder, StepTimes, measure_together
+from transload.study.calibrate.speed import cores_of
 
 BATCHES = (2, 4, 8)
 """Decoding requests in each round."""
@@ -27,7 +32,7 @@ Times = dict[tuple[str, str], list[float]]
 def measure_interference(running: Sequence[Probe], effort: Effort, say: Say) -> Interference:
     """Of two workers and the front end; of one worker beside the front end alone, where there is no other."""
     ratios: Times = defaultdict(list)
-    for batch in BATCHES[: effort.rounds]:
+    for batch in BATCHES[: effort.rounds] * effort.rounds:
         _measure_round(running, batch, effort.together_seconds, ratios)
     found = Interference(prefill=_row(ratios, "prefill"), decode=_row(ratios, "decode"))
     for kind, row in (("prefill", found.prefill), ("decode", found.decode)):
@@ -39,9 +44,10 @@ def measure_interference(running: Sequence[Probe], effort: Effort, say: Say) -> 
 
 
 def _measure_round(running: Sequence[Probe], batch: int, seconds: float, ratios: Times) -> None:
+    cores = cores_of(running[0].plan)
     steps = {
-        "prefill": StepOrder(prefill=((0, PROMPT),), repeats=2, seconds=seconds),
-        "decode": StepOrder(decode=(CONTEXT,) * batch, repeats=2, seconds=seconds),
+        "prefill": StepOrder(prefill=((0, PROMPT),), repeats=2, seconds=seconds, core=cores[0]),
+        "decode": StepOrder(decode=(CONTEXT,) * batch, repeats=2, seconds=seconds, core=cores[0]),
     }
     alone = {kind: _typical(running[0].measure(order), running[0]) for kind, order in steps.items()}
     for kind, order in steps.items():
@@ -49,10 +55,10 @@ def _measure_round(running: Sequence[Probe], batch: int, seconds: float, ratios:
             ratios[kind, "front_end"].append(_typical(running[0].measure(order), running[0]) / alone[kind])
     if len(running) < 2:
         return
-    for kind, other in (("prefill", "decode"), ("decode", "decode"), ("prefill", "prefill")):
-        first, second = measure_together([(running[0], steps[kind]), (running[1], steps[other])])
+    for kind, other in product(steps, steps):
+        elsewhere = msgspec.structs.replace(steps[other], core=cores[-1])
+        first, _ = measure_together([(running[0], steps[kind]), (running[1], elsewhere)])
         ratios[kind, other].append(_typical(first, running[0]) / alone[kind])
-        ratios[other, kind].append(_typical(second, running[1]) / alone[other])
 
 
 def _typical(times: StepTimes, probe: Probe) -> float:

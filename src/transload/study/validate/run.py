@@ -82,8 +82,10 @@ def validate(
             _warm_up(server.url)
             for words, workload in workloads:
                 say(f"{name}, {words}: for real")
+                if watch is not None:
+                    watch.since()  # what was before is not of this load
                 played = play(server.url, workload)
-                speed = None if watch is None else watch.around()
+                speed = None if watch is None else watch.since()
                 drift = drift_of(measured, speed)
                 if drift is not None and is_noticed(drift):
                     say(f"  steps take {drift.prefill:.2f} x (prefill), {drift.decode:.2f} x (decode) what they did "

@@ -14,7 +14,7 @@ import msgspec
 from transload.deploy.load import loads, to_yaml
 from transload.deploy.spec import Deployment
 from transload.errors import DeploymentError
-from transload.hardware.measured import MeasuredSteps, Reference
+from transload.hardware.measured import MeasuredSteps, Speed
 from transload.study.json_file import write_out
 from transload.study.metrics import Distribution, Summary
 from transload.study.provenance import MachineFacts
@@ -23,7 +23,7 @@ from transload.study.validate.drift import drift_of
 from transload.study.validate.virtual import measured_of, play_virtual
 from transload.study.workload import ArrivalSpec, Workload
 
-SCHEMA: Literal["transload-validation-2"] = "transload-validation-2"
+SCHEMA: Literal["transload-validation-3"] = "transload-validation-3"
 Say = Callable[[str], None]
 
 
@@ -38,8 +38,8 @@ class PlayedLoad(msgspec.Struct, frozen=True, kw_only=True):
     concurrency: int | None
     duration_seconds: float | None
     arrivals: tuple[ArrivalSpec, ...]
-    speed: Reference | None
-    """Of the machine, from two steps before and after."""
+    speed: Speed | None
+    """Of the machine, all through the load."""
 
     def as_workload(self) -> Workload:
         """The same arrivals and contents."""
@@ -54,7 +54,7 @@ class PlayedLoad(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def load_of(deployment: Deployment, workload: Workload, speed: Reference | None = None) -> PlayedLoad:
+def load_of(deployment: Deployment, workload: Workload, speed: Speed | None = None) -> PlayedLoad:
     """To be played again."""
     return PlayedLoad(
         deployment=to_yaml(deployment),
@@ -71,7 +71,7 @@ def load_of(deployment: Deployment, workload: Workload, speed: Reference | None 
 class Validation(msgspec.Struct, frozen=True, kw_only=True):
     """The JSON file."""
 
-    schema: Literal["transload-validation-2"] = SCHEMA
+    schema: Literal["transload-validation-3"] = SCHEMA
     command: tuple[str, ...]
     started_at: str
     commit: str
