@@ -3,13 +3,15 @@
     python benchmarks/front_end.py [--streams 64] [--tokens 200] [--repeats 5] > front_end.json
 
 The server runs in a process of its own; its CPU time comes from /proc/PID/schedstat, so the load generator beside it
-does not count. Prompts are token ids: tokenizing is not measured.
+does not count. Prompts are token ids: tokenizing is not measured. `bare` is an application of twenty lines on uvicorn
+as it comes, which sends as many chunks of the same size and does nothing else, measured in turns with ours.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -18,9 +20,12 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from multiprocessing.connection import Connection
+from typing import Any
+
+import uvicorn
 
 from transload.arch import ModelArch
 from transload.control.messages import Request, RequestId, Token
@@ -174,6 +179,61 @@ class CountingBackend:
         return {}
 
 
+class BareApp:
+    """Answers a body that asks for `max_tokens` with so many events, one a tick; streamed or not."""
+
+    EVENT = b'data: {"id":"cmpl-1","object":"text_completion","created":1700000000,"model":"words","choices":[{"index":0,"text":" word123","logprobs":null,"finish_reason":null}]}\n\n'  # noqa: E501 - as it goes over the wire
+    WHOLE = b'{"id":"cmpl-1","object":"text_completion","choices":[{"index":0,"text":" word123"}],"usage":{"details":{"n":{}}}}'  # noqa: E501
+
+    def __init__(self, step_seconds: float) -> None:
+        self._step_seconds = step_seconds
+        self._waiting: list[asyncio.Future[None]] = []
+
+    async def tick(self) -> None:
+        while True:
+            await asyncio.sleep(self._step_seconds)
+            waiting, self._waiting = self._waiting, []
+            for future in waiting:
+                if not future.done():
+                    future.set_result(None)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        body = b""
+        while True:
+            message = await receive()
+            body += message["body"]
+            if not message.get("more_body"):
+                break
+        asked = json.loads(body)
+        headers = [(b"content-type", b"text/event-stream")]
+        if not asked["stream"]:
+            headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(self.WHOLE))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for _ in range(asked["max_tokens"] if asked["stream"] else 0):
+            if asked["max_tokens"] > 1:
+                future = asyncio.get_running_loop().create_future()
+                self._waiting.append(future)
+                await future
+            await send({"type": "http.response.body", "body": self.EVENT, "more_body": True})
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n" if asked["stream"] else self.WHOLE})
+
+
+def run_bare(ready: Connection, step_seconds: float) -> None:
+    async def main() -> None:
+        app = BareApp(step_seconds)
+        server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", log_level="warning", access_log=False))
+        ticker = asyncio.create_task(app.tick())
+        serving = asyncio.create_task(server.serve())
+        while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
+            await asyncio.sleep(0.01)
+        ready.send(server.servers[0].sockets[0].getsockname()[1])
+        await serving
+        ticker.cancel()
+
+    asyncio.run(main())
+
+
 def run_server(ready: Connection, step_seconds: float) -> None:
     async def main() -> None:
         backend = CountingBackend(step_seconds)
@@ -225,35 +285,44 @@ def spread(values: list[float]) -> dict[str, object]:
     }
 
 
-def run_all(arguments: argparse.Namespace) -> dict[str, object]:
-    prompt = list(range(64))
-    chat: dict[str, object] = {"messages": [{"role": "user", "content": "hello"}]}
-    completion: dict[str, object] = {"model": "default", "prompt": prompt}
-    figures: dict[str, list[float]] = {}
-    for step_seconds in (0.01, 0.001):
-        ours, theirs = multiprocessing.Pipe()
-        process = multiprocessing.get_context("spawn").Process(target=run_server, args=(theirs, step_seconds))
-        process.start()
+@contextlib.contextmanager
+def server(run: Callable[[Connection, float], None], step_seconds: float) -> Iterator[tuple[int, int]]:
+    """Its (port, process id)."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=run, args=(theirs, step_seconds))
+    process.start()
+    try:
         port, pid = ours.recv(), process.pid
         assert pid is not None
-        try:
-            for _ in range(arguments.repeats):
-                for name, body, path in (
-                    ("completion", completion, "/v1/completions"),
-                    ("chat", chat, "/v1/chat/completions"),
-                ):
-                    if step_seconds == 0.01:
-                        for kind in ("whole", "stream"):
-                            wanted = {**body, "max_tokens": 1, "stream": kind == "stream"}
-                            cost = asyncio.run(measure(pid, 100, 16, port, wanted, path))
-                            figures.setdefault(f"request/{name}/{kind}", []).append(cost)
-                    wanted = {**body, "max_tokens": arguments.tokens, "stream": True}
-                    cost = asyncio.run(measure(pid, 1, arguments.streams, port, wanted, path))
-                    key = f"token/{name}/step {step_seconds * 1000:g} ms"
-                    figures.setdefault(key, []).append(cost / arguments.tokens)
-        finally:
-            process.terminate()
-            process.join(10)
+        yield port, pid
+    finally:
+        process.terminate()
+        process.join(10)
+
+
+def run_all(arguments: argparse.Namespace) -> dict[str, object]:
+    chat: dict[str, object] = {"messages": [{"role": "user", "content": "hello"}]}
+    completion: dict[str, object] = {"model": "default", "prompt": list(range(64))}
+    figures: dict[str, list[float]] = {}
+
+    def add(name: str, value: float) -> None:
+        figures.setdefault(name, []).append(value)
+
+    for step_seconds in (0.01, 0.001):
+        with server(run_server, step_seconds) as ours, server(run_bare, step_seconds) as bare:
+            asked = (
+                ("completion", completion, "/v1/completions", ours),
+                ("chat", chat, "/v1/chat/completions", ours),
+                ("bare", completion, "/", bare),
+            )
+            for _, (name, body, path, (port, pid)) in itertools.product(range(arguments.repeats), asked):
+                if step_seconds == 0.01:
+                    for kind in ("whole", "stream"):
+                        wanted = {**body, "max_tokens": 1, "stream": kind == "stream"}
+                        add(f"request/{name}/{kind}", asyncio.run(measure(pid, 100, 16, port, wanted, path)))
+                wanted = {**body, "max_tokens": arguments.tokens, "stream": True}
+                cost = asyncio.run(measure(pid, 1, arguments.streams, port, wanted, path))
+                add(f"token/{name}/step {step_seconds * 1000:g} ms", cost / arguments.tokens)
     return {name: spread(values) for name, values in figures.items()}
 
 

@@ -32,12 +32,19 @@ def interference(result: dict[str, Any]) -> str:
 
 
 def front_end(result: dict[str, Any]) -> str:
-    rows = [[name, value["median"], value["min"], value["max"]] for name, value in result["microseconds"].items()]
+    found = result["microseconds"]
+    rows: list[list[object]] = []
+    for name, value in found.items():
+        what, app, how = name.split("/")
+        bare = found[f"{what}/bare/{how}"]["median"]
+        against = f"{value['median'] / bare:.1f}" if app != "bare" else "1"
+        rows.append([name, value["median"], value["min"], value["max"], against])
     text = (
         "\n## Front end\n\nCPU microseconds of the server process, with a backend that answers at once; a token is one "
-        f"event of one of {result['streams']} streams.\n\n"
+        f"event of one of {result['streams']} streams. `bare` is an application of twenty lines on uvicorn as it comes "
+        "that sends as many chunks of the same size, in the same run.\n\n"
     )
-    return text + table(["what", "median", "min", "max"], rows) + origin(result)
+    return text + table(["what", "median", "min", "max", "times bare"], rows) + origin(result)
 
 
 def start(result: dict[str, Any]) -> str:

@@ -55,10 +55,10 @@ class Slowdown(Part, frozen=True, kw_only=True):
 
 
 class Speed(Part, frozen=True, kw_only=True):
-    """Of a machine at a time: a prompt of 16 tokens, and a decode of 4 requests at 256."""
+    """Of a machine's cores at a time."""
 
-    prefill_seconds: Annotated[float, Meta(gt=0)]
-    decode_seconds: Annotated[float, Meta(gt=0)]
+    product_seconds: Annotated[float, Meta(gt=0)]
+    """Of a core, for a piece of arithmetic that stays in its own cache: `study/calibrate/speedometer.py`."""
 
 
 class BesideEach(Part, frozen=True, kw_only=True):

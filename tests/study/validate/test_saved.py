@@ -18,7 +18,7 @@ from transload.study.validate.saved import Validation, load_of, read_validation,
 from transload.study.validate.virtual import measured_of, play_virtual
 from transload.study.workload import Fixed, Poisson, Synthetic, synthetic
 
-SPEED = Speed(prefill_seconds=0.08, decode_seconds=0.012)
+SPEED = Speed(product_seconds=0.0003)
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_another_chip_changes_the_simulated_half_alone(saved: Path, tmp_path: Pa
 def test_a_machine_that_was_slower_at_the_load_is_simulated_so(saved: Path, tmp_path: Path) -> None:
     folder = tmp_path / "faster"
     folder.mkdir()
-    faster = Speed(prefill_seconds=SPEED.prefill_seconds, decode_seconds=SPEED.decode_seconds / 1.5)
+    faster = Speed(product_seconds=SPEED.product_seconds / 1.5)
     chip = chip_file(folder, speed=faster)
     follows, stays = (
         simulate_again(str(saved), chip, lambda _line: None, command=("again",), follows_drift=follows)
@@ -86,8 +86,9 @@ def test_a_machine_that_was_slower_at_the_load_is_simulated_so(saved: Path, tmp_
     )
     errors = [{figure.name: figure.error for figure in each.comparisons[0].figures} for each in (follows, stays)]
     assert errors[0]["TPOT p50"] == pytest.approx(0.5, abs=0.05)
-    assert errors[0]["TTFT p50"] == pytest.approx(0.0, abs=0.02)
-    assert errors[1]["TPOT p50"] == 0.0
+    assert errors[0]["TTFT p50"] is not None
+    assert errors[0]["TTFT p50"] > 0.3
+    assert errors[1]["TPOT p50"] == errors[1]["TTFT p50"] == 0.0
     for each in (follows, stays):
         assert each.comparisons[0].drift is not None
         assert each.comparisons[0].drift.decode == pytest.approx(1.5)

@@ -35,11 +35,6 @@ class Effort(msgspec.Struct, frozen=True, kw_only=True):
         return 1 if self.quick else ROUNDS
 
     @property
-    def look_seconds(self) -> float:
-        """Between looks at the machine's speed, where little goes on that they could disturb."""
-        return 1.5
-
-    @property
     def together_seconds(self) -> float:
         return 0.3 if self.quick else TOGETHER_SECONDS
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import msgspec
 
@@ -27,7 +27,7 @@ from transload.study.calibrate.probes import Probe, StepOrder, probes
 from transload.study.calibrate.served import measure_served
 from transload.study.calibrate.server import Played, ServerProcess, new_folder, play
 from transload.study.calibrate.serving import front_end_cpu, observe_serving, prefill_slowdown
-from transload.study.calibrate.speed import cores_of, drift, look, mean_of, watching, watching_machine_of
+from transload.study.calibrate.speed import SpeedWatch, core_of, drift, watching
 from transload.study.calibrate.together import measure_interference
 from transload.study.metrics import RequestRecord
 from transload.study.provenance import machine_facts
@@ -49,54 +49,51 @@ def calibrate_machine(deployment: Deployment, effort: Effort, say: Say, *, comma
     placement = place(deployment, read_machine(has_kernels=load() is not None), files.arch)
     plans = _representatives(placement)
     if any(plan.hop is not None for plan in placement.workers):
-        return _as_served(deployment, placement, files, effort, say, command=command)
+        with watching() as watch:
+            return _as_served(deployment, placement, files, watch, effort, say, command=command)
     say(f"measuring steps of {plans[0].name}: {files.name}, {plans[0].dtype}, {plans[0].threads} thread(s)")
-    with probes(plans) as running:
-        times, speed = _measure_steps(running[0], effort, say)
+    with watching() as watch, probes(plans) as running:
+        times, speed = _measure_steps(running[0], watch, effort, say)
         beside = measure_interference(running, effort, say)
-        for other in running[1:]:
-            other.close()  # a server is to have its memory
+        for probe in running:
+            probe.close()  # a server is to have its memory
         section = _section(fitting.fit(times), times, plans[0], files, command=command, threads=plans[0].threads)
         section = msgspec.structs.replace(section, beside=beside, load_seconds=running[0].load_seconds, speed=speed)
-        return _served(deployment, placement, section, running[0], effort, say)
+        return _served(deployment, placement, section, watch, effort, say)
 
 
 def _served(
-    deployment: Deployment, placement: Placement, section: MeasuredSteps, probe: Probe, effort: Effort, say: Say
+    deployment: Deployment, placement: Placement, section: MeasuredSteps, watch: SpeedWatch, effort: Effort, say: Say
 ) -> MeasuredSteps:
-    """With what serving adds, on a machine whose speed the probe, idle otherwise, looks at meanwhile."""
+    """With what serving adds, on a machine whose speed is looked at meanwhile."""
     speed = section.speed
     assert speed is not None
     say("starting a server to measure what serving adds")
-    with (
-        new_folder() as name,
-        ServerProcess(deployment, Path(name)) as server,
-        watching(probe, effort.look_seconds) as watch,
-    ):
+    with new_folder() as name, ServerProcess(deployment, Path(name)) as server:
         _loop(server, num_requests=2, concurrency=1, output=8, seed=1)  # first uses
         watch.since()
         section = _with_serving(section, server, effort, say)
         moved = drift(speed, watch.since())
     serving = Slowdown(
-        prefill=section.serving.prefill / moved.prefill,
-        decode=section.serving.decode / moved.decode,
+        prefill=section.serving.prefill / moved,
+        decode=section.serving.decode / moved,
         streaming=section.serving.streaming,
     )
     section = msgspec.structs.replace(section, serving=serving)
     say(
-        f"  the machine takes {moved.prefill:.2f} x (prefill), {moved.decode:.2f} x (decode) what it did before; "
-        f"without that, serving takes {serving.prefill * serving.streaming:.2f} x, {serving.decode:.2f} x"
+        f"  the machine takes {moved:.2f} x what it did before; without that, serving takes "
+        f" {serving.prefill * serving.streaming:.2f} x, {serving.decode:.2f} x"
     )
     if all(plan.role != "prefill" for plan in placement.workers):
         return section
-    local = _local_prefill(deployment, section, probe, effort)
+    local = _local_prefill(deployment, section, watch, effort)
     say(f"  prompts take {local:.2f} x while serving where they are not streamed to another worker")
     streaming = section.serving.prefill * section.serving.streaming / local
     serving = msgspec.structs.replace(section.serving, prefill=local, streaming=streaming)
     return msgspec.structs.replace(section, serving=serving)
 
 
-def _local_prefill(deployment: Deployment, section: MeasuredSteps, probe: Probe, effort: Effort) -> float:
+def _local_prefill(deployment: Deployment, section: MeasuredSteps, watch: SpeedWatch, effort: Effort) -> float:
     """How much longer prompts take while serving, on a worker that keeps their cache."""
     assert section.speed is not None
     router = msgspec.structs.replace(deployment.router, local_prefill="always")
@@ -104,7 +101,6 @@ def _local_prefill(deployment: Deployment, section: MeasuredSteps, probe: Probe,
     with (
         new_folder() as name,
         ServerProcess(msgspec.structs.replace(deployment, router=router), Path(name)) as server,
-        watching(probe, effort.look_seconds) as watch,
     ):
         _loop(server, num_requests=2, concurrency=1, output=4, seed=1)
         before = read_timeline(server.event_log).duration_seconds
@@ -112,7 +108,7 @@ def _local_prefill(deployment: Deployment, section: MeasuredSteps, probe: Probe,
         _loop(server, num_requests=effort.single_requests, concurrency=1, output=4, seed=2)
         moved = drift(section.speed, watch.since())
         steps = [step for step in read_timeline(server.event_log).steps if step.start_seconds > before]
-    return (prefill_slowdown(steps, bare) or 1.0) / moved.prefill
+    return (prefill_slowdown(steps, bare) or 1.0) / moved
 
 
 def _section(
@@ -154,17 +150,20 @@ def _representatives(placement: Placement) -> list[WorkerPlan]:
 
 
 def _as_served(
-    deployment: Deployment, placement: Placement, files: ModelFiles, effort: Effort, say: Say, *, command: str
+    deployment: Deployment,
+    placement: Placement,
+    files: ModelFiles,
+    watch: SpeedWatch,
+    effort: Effort,
+    say: Say,
+    *,
+    command: str,
 ) -> MeasuredSteps:
     """Steps that are split between processes are measured where they run: on a server, one worker with its helpers
     standing for all."""
     say("feed-forwards are computed elsewhere: measuring steps of a server of this deployment")
     plan = _representatives(placement)[0]
-    with (
-        new_folder() as name,
-        ServerProcess(deployment, Path(name)) as server,
-        watching_machine_of(deployment) as watch,
-    ):
+    with new_folder() as name, ServerProcess(deployment, Path(name)) as server:
         _loop(server, num_requests=2, concurrency=1, output=8, seed=1)  # first uses
         watch.since()
         seeds = count(1_000)
@@ -189,10 +188,10 @@ def _kv_bytes_per_token(files: ModelFiles, plan: WorkerPlan) -> int:
     return layout.block_bytes // layout.block_size
 
 
-def _measure_steps(probe: Probe, effort: Effort, say: Say) -> tuple[dict[StepOrder, float], Speed]:
+def _measure_steps(probe: Probe, watch: SpeedWatch, effort: Effort, say: Say) -> tuple[dict[StepOrder, float], Speed]:
     """Median seconds of each, over all rounds, as if the machine had been as fast as it typically was all the time:
-    each is put right by two looks, right before and after it, at the same core."""
-    plan, core = probe.plan, cores_of(probe.plan)[0]
+    each is put right by looks right before and after it, at the same core."""
+    plan, core = probe.plan, core_of(probe.plan)
     wanted = fitting.orders(
         max_batch=plan.limits.max_batch,
         step_tokens=plan.limits.step_tokens,
@@ -201,30 +200,20 @@ def _measure_steps(probe: Probe, effort: Effort, say: Say) -> tuple[dict[StepOrd
         repeats=2 if effort.quick else REPEATS,
         quick=effort.quick,
     )
-    found: dict[StepOrder, list[tuple[float, Speed]]] = {order: [] for order in wanted}
-    look(probe, core)
-    looks = [look(probe, core)]
+    found: dict[StepOrder, list[tuple[float, float]]] = {order: [] for order in wanted}
+    looks = [watch.look(core).product_seconds]
     for number in range(1, effort.rounds + 1):
         for order in wanted:
             times = probe.measure(msgspec.structs.replace(order, core=core))
-            looks.append(look(probe, core))
+            looks.append(watch.look(core).product_seconds)
             seconds = median(probe.alone_seconds(times)[1:])  # the first one grows scratch memory
-            found[order].append((seconds, mean_of(looks[-2:])))
+            found[order].append((seconds, fmean(looks[-2:])))
         say(f"  round {number} of {effort.rounds}: {len(wanted)} steps")
-    typical = Speed(
-        prefill_seconds=median(each.prefill_seconds for each in looks),
-        decode_seconds=median(each.decode_seconds for each in looks),
-    )
-    medians = {order: median(_put_right(order, each, typical) for each in seen) for order, seen in found.items()}
+    typical = median(looks)
+    medians = {order: median(took * typical / look for took, look in seen) for order, seen in found.items()}
     for order, seconds in medians.items():
         say(f"  {_words(order)}: {seconds * 1e3:.1f} ms")
-    return medians, typical
-
-
-def _put_right(order: StepOrder, seen: tuple[float, Speed], typical: Speed) -> float:
-    seconds, around = seen
-    moved = drift(typical, around)
-    return seconds / (moved.prefill if order.prefill else moved.decode)
+    return medians, Speed(product_seconds=typical)
 
 
 def _words(order: StepOrder) -> str:

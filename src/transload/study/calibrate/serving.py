@@ -10,7 +10,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import msgspec
 
@@ -119,7 +119,7 @@ def _slowdown(timeline: Timeline, records: Sequence[RequestRecord], bare: Measur
     prefill = local or streamed or 1.0
     return Slowdown(
         prefill=prefill,
-        decode=max(0.05, median(decodes)) if decodes else 1.0,
+        decode=max(0.05, typical_mean(decodes)) if decodes else 1.0,
         streaming=streamed / prefill if streamed else 1.0,
     )
 
@@ -131,7 +131,13 @@ def prefill_slowdown(steps: Iterable[Step], bare: MeasuredStepCost) -> float | N
         for step in steps
         if step.num_prefill_tokens and not step.num_decode
     ]
-    return max(0.05, median(ratios)) if ratios else None
+    return max(0.05, typical_mean(ratios)) if ratios else None
+
+
+def typical_mean(ratios: Sequence[float]) -> float:
+    """Without the tenth at either end. A machine that has two speeds has a median at one of them."""
+    cut = len(ratios) // 10
+    return fmean(sorted(ratios)[cut : len(ratios) - cut])
 
 
 def _front_end_seconds(timeline: Timeline, records: Sequence[RequestRecord]) -> float:

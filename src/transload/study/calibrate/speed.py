@@ -1,126 +1,105 @@
-"""How fast the machine is at the moment: two short steps, measured again and again while something else goes on.
+"""How fast the machine's cores are at the moment: looked at again and again while something else goes on.
 
-A core of a machine that others share, of a virtual one above all, takes a quarter longer for some seconds or minutes,
-and each core at other times. So a look is at one core at a time, and a load is put right by the looks taken all through
-it. A look costs a core some hundredths of what is going on: that is all a load notices of it.
+A core of a machine that others share, of a virtual one above all, takes a quarter to a third longer for some seconds or
+minutes, and each core at other times. What is measured at one time and used at another is put right by what the same
+arithmetic took at both. It stays in a core's own cache, so that what our own workers do to each other through memory is
+not in it; on one core it slows down by what prompts and decodes slow down.
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import cycle
-from statistics import fmean
 
 import msgspec
 
-from transload.deploy.machine import read_machine
-from transload.deploy.placement import place
 from transload.deploy.plan import WorkerPlan
-from transload.deploy.spec import Deployment
 from transload.errors import TransloadError
 from transload.hardware.measured import Slowdown, Speed
-from transload.model.native.library import load
-from transload.model.source import locate
-from transload.study.calibrate.probes import Probe, StepOrder, probes
+from transload.study.calibrate.speedometer import Answer, Order
 
-PROMPT = StepOrder(prefill=((0, 16),))
-DECODE = StepOrder(decode=(256,) * 4)
-PERIOD_SECONDS = 3.0
+PERIOD_SECONDS = 0.1
+ANSWER_SECONDS = 30.0
 
 
-def cores_of(plan: WorkerPlan) -> tuple[int | None, ...]:
-    """Where steps of a worker can be measured one by one: on each core that one thread can have. (None,): they are on
-    several cores at once, or on a GPU."""
-    if plan.threads > 1 or plan.device != "cpu" or not hasattr(os, "sched_getaffinity"):
-        return (None,)
-    return tuple(sorted(os.sched_getaffinity(0)))
+def own_cores() -> tuple[int, ...]:
+    """That this process may use."""
+    return tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else (0,)
 
 
-def look(probe: Probe, core: int | None) -> Speed:
-    """Less than a tenth of a second with the default model."""
-    prefill, decode = (
-        probe.alone_seconds(probe.measure(msgspec.structs.replace(order, core=core)))[-1] for order in (PROMPT, DECODE)
-    )
-    return Speed(prefill_seconds=prefill, decode_seconds=decode)
+def core_of(plan: WorkerPlan) -> int | None:
+    """To measure a worker's steps on. None: they are on several cores at once, or on a GPU."""
+    is_single = plan.threads == 1 and not plan.device.startswith("cuda")
+    return own_cores()[0] if is_single and hasattr(os, "sched_setaffinity") else None
 
 
-def mean_of(looks: Sequence[Speed]) -> Speed:
-    return Speed(
-        prefill_seconds=fmean(each.prefill_seconds for each in looks),
-        decode_seconds=fmean(each.decode_seconds for each in looks),
-    )
+def drift(since: Speed, now: Speed) -> float:
+    """How many times as long everything that computes takes now."""
+    return now.product_seconds / since.product_seconds
 
 
-def drift(since: Speed, now: Speed) -> Slowdown:
-    """How many times as long steps take now."""
-    return Slowdown(
-        prefill=now.prefill_seconds / since.prefill_seconds, decode=now.decode_seconds / since.decode_seconds
-    )
+def slowdown(times: float) -> Slowdown:
+    return Slowdown(prefill=times, decode=times)
 
 
 class SpeedWatch:
-    """Looks at one core after another. Only its own thread and `since` use the probe meanwhile."""
+    """A process that looks all the time; a hundredth of a core. For one thread."""
 
-    def __init__(self, probe: Probe, period_seconds: float = PERIOD_SECONDS) -> None:
-        self._probe = probe
-        self._period_seconds = period_seconds
-        self._num_cores = len(cores_of(probe.plan))
-        self._cores = cycle(cores_of(probe.plan))
-        self._looks: list[Speed] = []
-        self._problem: TransloadError | None = None
-        self._lock = threading.Lock()
-        self._is_over = threading.Event()
-        look(probe, next(self._cores))  # the first one grows scratch memory
-        self._thread = threading.Thread(target=self._run, name="speed-watch", daemon=True)
-        self._thread.start()
+    def __init__(self, cores: tuple[int, ...], period_seconds: float = PERIOD_SECONDS) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "transload.study.calibrate.speedometer", str(period_seconds), *map(str, cores)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+        )
+        self.since()  # it is there
 
     def since(self) -> Speed:
         """Mean of what has been seen since this was asked for last, or since it was made: of each core at least once.
 
-        Raises `TransloadError` if the probe could not say.
+        Raises `TransloadError` if the process does not answer.
         """
-        with self._lock:
-            if self._problem is not None:
-                raise self._problem
-            while len(self._looks) < self._num_cores:
-                self._looks.append(look(self._probe, next(self._cores)))
-            looks, self._looks = self._looks, []
-        return mean_of(looks)
+        return self._ask(Order())
+
+    def look(self, core: int | None) -> Speed:
+        """Now, at a core; at all of them, if it is not known which."""
+        if core is not None:
+            return self._ask(Order(core=core))
+        self.since()
+        return self.since()
+
+    def _ask(self, order: Order) -> Speed:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        overdue = threading.Timer(ANSWER_SECONDS, self._process.kill)
+        overdue.start()
+        try:
+            self._process.stdin.write(msgspec.json.encode(order).decode() + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        finally:
+            overdue.cancel()
+        if not line:
+            raise TransloadError("the process that looks at the machine's speed has ended or does not answer")
+        return Speed(product_seconds=msgspec.json.decode(line, type=Answer).seconds)
 
     def close(self) -> None:
-        self._is_over.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._is_over.wait(self._period_seconds):
-            with self._lock:
-                try:
-                    self._looks.append(look(self._probe, next(self._cores)))
-                except TransloadError as problem:
-                    self._problem = problem
-                    return
+        self._process.kill()
+        self._process.communicate()
 
 
 @contextmanager
-def watching(probe: Probe, period_seconds: float = PERIOD_SECONDS) -> Iterator[SpeedWatch]:
-    watch = SpeedWatch(probe, period_seconds)
+def watching(period_seconds: float = PERIOD_SECONDS) -> Iterator[SpeedWatch]:
+    """All cores of this process."""
+    watch = SpeedWatch(own_cores(), period_seconds)
     try:
         yield watch
     finally:
         watch.close()
-
-
-@contextmanager
-def watching_machine_of(deployment: Deployment, period_seconds: float = PERIOD_SECONDS) -> Iterator[SpeedWatch]:
-    """With a process of its own, which has the whole model even where feed-forwards are computed elsewhere."""
-    pools = tuple(msgspec.structs.replace(pool, ffn=None) for pool in deployment.pools if pool.role != "ffn")
-    names = {pool.name for pool in pools}
-    links = tuple(link for link in deployment.links if names.issuperset(link.between))
-    whole = msgspec.structs.replace(deployment, pools=pools, links=links)
-    placement = place(whole, read_machine(has_kernels=load() is not None), locate(whole.model).arch)
-    plan = next(plan for plan in placement.workers if plan.starts_here)
-    with probes([plan]) as (probe,), watching(probe, period_seconds) as watch:
-        yield watch

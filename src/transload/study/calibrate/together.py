@@ -20,7 +20,7 @@ import msgspec
 from transload.hardware.measured import BesideEach, Interference
 from transload.study.calibrate.effort import Effort, Say
 from transload.study.calibrate.probes import Probe, StepOrder, StepTimes, measure_together
-from transload.study.calibrate.speed import cores_of
+from transload.study.calibrate.speed import core_of, own_cores
 
 BATCHES = (2, 4, 8)
 """Decoding requests in each round."""
@@ -44,10 +44,10 @@ def measure_interference(running: Sequence[Probe], effort: Effort, say: Say) -> 
 
 
 def _measure_round(running: Sequence[Probe], batch: int, seconds: float, ratios: Times) -> None:
-    cores = cores_of(running[0].plan)
+    core = core_of(running[0].plan)
     steps = {
-        "prefill": StepOrder(prefill=((0, PROMPT),), repeats=2, seconds=seconds, core=cores[0]),
-        "decode": StepOrder(decode=(CONTEXT,) * batch, repeats=2, seconds=seconds, core=cores[0]),
+        "prefill": StepOrder(prefill=((0, PROMPT),), repeats=2, seconds=seconds, core=core),
+        "decode": StepOrder(decode=(CONTEXT,) * batch, repeats=2, seconds=seconds, core=core),
     }
     alone = {kind: _typical(running[0].measure(order), running[0]) for kind, order in steps.items()}
     for kind, order in steps.items():
@@ -56,7 +56,7 @@ def _measure_round(running: Sequence[Probe], batch: int, seconds: float, ratios:
     if len(running) < 2:
         return
     for kind, other in product(steps, steps):
-        elsewhere = msgspec.structs.replace(steps[other], core=cores[-1])
+        elsewhere = msgspec.structs.replace(steps[other], core=None if core is None else own_cores()[-1])
         first, _ = measure_together([(running[0], steps[kind]), (running[1], elsewhere)])
         ratios[kind, other].append(_typical(first, running[0]) / alone[kind])
 

@@ -5,29 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from transload.deploy.spec import Deployment
 from transload.hardware.measured import MeasuredSteps, Slowdown, Speed
-from transload.study.calibrate.speed import SpeedWatch, drift, watching_machine_of
+from transload.study.calibrate.speed import SpeedWatch, drift, slowdown, watching
 
 NOTICED = 0.05
 """More than this is told."""
 
 
 @contextmanager
-def watch_drift(deployment: Deployment, measured: MeasuredSteps) -> Iterator[SpeedWatch | None]:
+def watch_drift(measured: MeasuredSteps) -> Iterator[SpeedWatch | None]:
     """None where there is nothing to compare with: nobody looked at the speed of what was measured."""
     if measured.speed is None:
         yield None
         return
-    with watching_machine_of(deployment) as watch:
+    with watching() as watch:
         yield watch
 
 
 def drift_of(measured: MeasuredSteps, now: Speed | None) -> Slowdown | None:
     """Since the machine was calibrated. None where it is not known."""
-    return None if now is None or measured.speed is None else drift(measured.speed, now)
+    return None if now is None or measured.speed is None else slowdown(drift(measured.speed, now))
 
 
 def is_noticed(found: Slowdown) -> bool:
     """Whether it is worth a word."""
-    return max(abs(found.prefill - 1), abs(found.decode - 1)) > NOTICED
+    return abs(found.prefill - 1) > NOTICED

@@ -77,7 +77,7 @@ def validate(
         with (
             new_folder() as folder,
             ServerProcess(deployment, Path(folder)) as server,
-            watch_drift(deployment, measured) as watch,
+            watch_drift(measured) as watch,
         ):
             _warm_up(server.url)
             for words, workload in workloads:
@@ -88,8 +88,7 @@ def validate(
                 speed = None if watch is None else watch.since()
                 drift = drift_of(measured, speed)
                 if drift is not None and is_noticed(drift):
-                    say(f"  steps take {drift.prefill:.2f} x (prefill), {drift.decode:.2f} x (decode) what they did "
-                        "when the machine was calibrated")  # fmt: skip
+                    say(f"  the machine takes {drift.prefill:.2f} x what it did when it was calibrated")
                 simulated = play_virtual(
                     deployment, chip_path, workload, drift=drift if load.follows_drift else None, name=name
                 )
