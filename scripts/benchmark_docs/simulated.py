@@ -82,7 +82,7 @@ def validation(result: dict[str, Any], title: str = "Real against virtual") -> s
         "p90 within 20 %, of each stage that takes a twentieth of a request's time too.\n\n"
     )
     drifts = [
-        f"{comparison['deployment']} {drift['prefill']:.2f}x prefill, {drift['decode']:.2f}x decode"
+        f"{comparison['deployment']} at {comparison['load']} {drift['prefill']:.2f}x"
         for comparison in result["comparisons"]
         if (drift := comparison.get("drift")) is not None
     ]
@@ -90,7 +90,7 @@ def validation(result: dict[str, Any], title: str = "Real against virtual") -> s
         text += f"Simulated anew by commit {result['simulated_commit'][:7]} from what had been measured before.\n\n"
     if drifts:
         follows = ", by which the simulation is scaled" if result.get("follows_drift") else ""
-        text += f"Two steps alone, around each load over when the machine was calibrated{follows}: "
+        text += f"How many times as long the cores took all through each load as when they were calibrated{follows}: "
         text += "; ".join(dict.fromkeys(drifts)) + ".\n\n"
     columns = ["deployment", "load", "figure", "measured", "simulated", "error", "within"]
     text += table(columns, rows) + "\nMean seconds a request spends in each stage, measured and *simulated*:\n\n"

@@ -82,7 +82,7 @@ def _served(
     section = msgspec.structs.replace(section, serving=serving)
     say(
         f"  the machine takes {moved:.2f} x what it did before; without that, serving takes "
-        f" {serving.prefill * serving.streaming:.2f} x, {serving.decode:.2f} x"
+        f"{serving.prefill * serving.streaming:.2f} x, {serving.decode:.2f} x"
     )
     if all(plan.role != "prefill" for plan in placement.workers):
         return section
