@@ -11,7 +11,7 @@ import msgspec
 
 from transload.deploy.load import to_yaml
 from transload.deploy.spec import Deployment, Targets
-from transload.hardware.measured import MeasuredSteps
+from transload.hardware.measured import MeasuredSteps, Slowdown
 from transload.runtime.base import Waterfall
 from transload.study.calibrate.effort import warn_if_busy
 from transload.study.calibrate.server import Played, ServerProcess, new_folder, play
@@ -73,20 +73,21 @@ def validate(
     started_at, machine = datetime.now(UTC).isoformat(timespec="seconds"), machine_facts()
     found: list[_Case] = []
     for name, deployment in cases:
-        workloads = list(_workloads(deployment, chip_path, load, say))
         with (
             new_folder() as folder,
             ServerProcess(deployment, Path(folder)) as server,
             watch_drift(measured) as watch,
         ):
             _warm_up(server.url)
-            for words, workload in workloads:
+            drifts = [drift_of(measured, None if watch is None else watch.since())]
+            for words, workload in _workloads(deployment, chip_path, load, drifts, say):
                 say(f"{name}, {words}: for real")
                 if watch is not None:
                     watch.since()  # what was before is not of this load
                 played = play(server.url, workload)
                 speed = None if watch is None else watch.since()
                 drift = drift_of(measured, speed)
+                drifts.append(drift)
                 if drift is not None and is_noticed(drift):
                     say(f"  the machine takes {drift.prefill:.2f} x what it did when it was calibrated")
                 simulated = play_virtual(
@@ -163,19 +164,22 @@ def _real_result(
     return with_timeline(result, timeline, began_at=played.clock_seconds)
 
 
-def _workloads(deployment: Deployment, chip_path: str, load: Load, say: Say) -> Iterable[tuple[str, Workload]]:
+def _workloads(
+    deployment: Deployment, chip_path: str, load: Load, drifts: Sequence[Slowdown | None], say: Say
+) -> Iterable[tuple[str, Workload]]:
+    """Each made when it is asked for, and capacity with the last of `drifts` by then: a machine that has become slower
+    than it was when it was calibrated would be asked for more than it can do."""
     if load.workload is not None:
         yield load.workload.name, load.workload
         return
-    rates = [(f"{rate:g} requests/s", rate) for rate in load.rates]
-    if load.shares:
-        most = capacity(deployment, chip_path, load.num_input, load.num_output)
-        say(f"simulated capacity: {most:.2f} requests/s")
-        rates += [(f"{share:.0%} of capacity", share * most) for share in load.shares]
-    for number, (words, rate) in enumerate(
-        rates
-    ):  # each with prompts of its own: none is in the cache of the one before
-        yield (
+    wanted: list[tuple[str, float | None, float]] = [(f"{rate:g} requests/s", rate, 1.0) for rate in load.rates]
+    wanted += [(f"{share:.0%} of capacity", None, share) for share in load.shares]
+    for number, (words, rate, share) in enumerate(wanted):
+        if rate is None:
+            most = capacity(deployment, chip_path, load.num_input, load.num_output, drifts[-1])
+            say(f"simulated capacity: {most:.2f} requests/s")
+            rate = share * most
+        yield (  # each with prompts of its own: none is in the cache of the one before
             words,
             synthetic(
                 Synthetic(

@@ -98,7 +98,9 @@ def _on_one_host(listed: Link | None, source: Pool, target: Pool) -> Link:
     return msgspec.structs.replace(link, transport="direct") if is_shared else link
 
 
-def capacity(deployment: Deployment, chip_path: str, num_input: int, num_output: int) -> float:
+def capacity(
+    deployment: Deployment, chip_path: str, num_input: int, num_output: int, drift: Slowdown | None = None
+) -> float:
     """Requests a second when there are always more of them than can be served, simulated."""
     crowd = synthetic(
         Synthetic(
@@ -109,7 +111,7 @@ def capacity(deployment: Deployment, chip_path: str, num_input: int, num_output:
             seed=0,
         )
     )
-    return play_virtual(deployment, chip_path, crowd).summary.requests_per_second
+    return play_virtual(deployment, chip_path, crowd, drift=drift).summary.requests_per_second
 
 
 def _felt(record: RequestRecord, seconds: float) -> RequestRecord:
