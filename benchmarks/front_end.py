@@ -183,7 +183,7 @@ class BareApp:
     """Answers a body that asks for `max_tokens` with so many events, one a tick; streamed or not."""
 
     EVENT = b'data: {"id":"cmpl-1","object":"text_completion","created":1700000000,"model":"words","choices":[{"index":0,"text":" word123","logprobs":null,"finish_reason":null}]}\n\n'  # noqa: E501 - as it goes over the wire
-    WHOLE = b'{"id":"cmpl-1","object":"text_completion","choices":[{"index":0,"text":" word123"}],"usage":{"details":{"n":{}}}}'  # noqa: E501
+    WHOLE = b'{"id":"cmpl-1","object":"text_completion","choices":[{"index":0,"text":" word123"}],"usage":{"details":{"n":1}}}'  # noqa: E501
 
     def __init__(self, step_seconds: float) -> None:
         self._step_seconds = step_seconds
