@@ -164,7 +164,7 @@ class _Serving:
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{port}"
         self._say(f"[green]ready[/] in {time.monotonic() - self._began:.1f} s at {url}")
-        body = '{"model": "default", "messages": [{"role": "user", "content": "Hello!"}]}'
+        body = '{"messages": [{"role": "user", "content": "Hello!"}], "temperature": 0, "max_tokens": 50}'
         self._say(f"  try:  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'")
         self._say(f"  or:   transload chat {url}")
         if self._ask is not None:
