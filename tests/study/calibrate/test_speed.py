@@ -45,8 +45,7 @@ def test_a_process_looks_at_all_cores_by_itself() -> None:
         seen = [watch.since(), watch.look(own_cores()[0]), watch.look(None)]
         assert all(0 < speed.product_seconds < 1 for speed in seen)
         os.kill(watch._process.pid, signal.SIGKILL)
-        watch._process.wait(10)
-        with pytest.raises(TransloadError, match="has ended"):
+        with pytest.raises(TransloadError, match="ended or took more"):
             watch.since()
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,6 +11,7 @@ import msgspec
 
 from transload.deploy.plan import WorkerPlan
 from transload.errors import TransloadError
+from transload.study.calibrate.answering import AnsweringProcess
 
 START_SECONDS = 300.0
 ORDER_SECONDS = 300.0
@@ -52,14 +50,8 @@ class Probe:
 
     def __init__(self, plan: WorkerPlan) -> None:
         self.plan = plan
-        environment = {**os.environ, "OMP_NUM_THREADS": str(plan.threads)}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "transload.model.probe"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
+        environment = {"OMP_NUM_THREADS": str(plan.threads)}
+        self._process = AnsweringProcess(f"the probe of {plan.name}", "transload.model.probe", (), environment)
         self.load_seconds = 0.0
 
     def start(self) -> None:
@@ -77,38 +69,13 @@ class Probe:
         return times.cpu_seconds if has_one_thread else times.seconds
 
     def _ask(self, order: msgspec.Struct, deadline_seconds: float) -> StepTimes:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        overdue = threading.Timer(deadline_seconds, self._process.kill)
-        overdue.start()
-        try:
-            self._process.stdin.write(msgspec.json.encode(order).decode() + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        finally:
-            overdue.cancel()
-        if not line:
-            raise TransloadError(f"the probe of {self.plan.name} ended or took more than {deadline_seconds:g} s")
-        times = msgspec.json.decode(line, type=StepTimes)
+        times = self._process.ask(order, StepTimes, deadline_seconds)
         if times.error is not None:
             raise TransloadError(f"the probe of {self.plan.name} could not compute a step: {times.error}")
         return times
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            self._process.stdin.close()
-        except BrokenPipeError:
-            pass
-        try:
-            self._process.wait(10.0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
+        self._process.close()
 
 
 @contextmanager

@@ -9,17 +9,12 @@ not in it; on one core it slows down by what prompts and decodes slow down.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import msgspec
-
 from transload.deploy.plan import WorkerPlan
-from transload.errors import TransloadError
 from transload.hardware.measured import Slowdown, Speed
+from transload.study.calibrate.answering import AnsweringProcess
 from transload.study.calibrate.speedometer import Answer, Order
 
 PERIOD_SECONDS = 0.1
@@ -50,12 +45,12 @@ class SpeedWatch:
     """A process that looks all the time; a hundredth of a core. For one thread."""
 
     def __init__(self, cores: tuple[int, ...], period_seconds: float = PERIOD_SECONDS) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "transload.study.calibrate.speedometer", str(period_seconds), *map(str, cores)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+        one_thread = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        self._process = AnsweringProcess(
+            "the process that looks at the machine's speed",
+            "transload.study.calibrate.speedometer",
+            (str(period_seconds), *map(str, cores)),
+            one_thread,
         )
         self.since()  # it is there
 
@@ -74,25 +69,10 @@ class SpeedWatch:
         return self.since()
 
     def _ask(self, order: Order) -> Speed:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        overdue = threading.Timer(ANSWER_SECONDS, self._process.kill)
-        overdue.start()
-        try:
-            self._process.stdin.write(msgspec.json.encode(order).decode() + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        finally:
-            overdue.cancel()
-        if not line:
-            raise TransloadError("the process that looks at the machine's speed has ended or does not answer")
-        return Speed(product_seconds=msgspec.json.decode(line, type=Answer).seconds)
+        return Speed(product_seconds=self._process.ask(order, Answer, ANSWER_SECONDS).seconds)
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
+        self._process.close()
 
 
 @contextmanager
