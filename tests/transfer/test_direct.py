@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from tests.transfer.rig import LARGE, SMALL, Handoff, Worker, window_of
@@ -23,6 +24,18 @@ def linked(one: Worker, other: Worker) -> tuple[PeerUp, PeerUp]:
     ups = one.next(), other.next()
     assert all(isinstance(up, PeerUp) and up.one_sided for up in ups)
     return ups  # type: ignore[return-value]
+
+
+def assert_cells_are_copied(sender: Worker, receiver: Worker, before: npt.NDArray[np.uint8]) -> Handoff:
+    """Over a link that is up, with a checksum. `before`: what the receiver's blocks held."""
+    handoff = Handoff(sender, receiver)
+    handoff.expect()
+    sender.links.send(handoff.whole())
+    (event,) = receiver.data_frames(1)
+    assert isinstance(event.frame, KvData)
+    assert event.arrived_checksum == event.frame.checksum != 0
+    handoff.assert_arrived(before)
+    return handoff
 
 
 def in_place(handoff: Handoff) -> SendFrame:
@@ -64,13 +77,7 @@ def test_cells_are_copied_when_one_side_has_run_out_of_addresses(is_sender: bool
         before = receiver.blocks.copy()
         up, back = linked(sender, receiver)
         assert [one.window is None for one in (up, back)] == [is_sender, not is_sender]
-        handoff = Handoff(sender, receiver)
-        handoff.expect()
-        sender.links.send(handoff.whole())
-        (event,) = receiver.data_frames(1)
-        assert isinstance(event.frame, KvData)
-        assert event.arrived_checksum == event.frame.checksum != 0
-        handoff.assert_arrived(before)
+        assert_cells_are_copied(sender, receiver, before)
 
 
 def test_a_window_that_is_closed_reaches_nobody() -> None:
@@ -123,12 +130,6 @@ def test_cells_are_copied_where_either_side_cannot_or_must_not_work_in_place(
             up = worker.next()
             assert isinstance(up, PeerUp)
             assert up.window is None
-        handoff = Handoff(sender, receiver)
-        handoff.expect()
-        sender.links.send(handoff.whole())
-        (event,) = receiver.data_frames(1)
-        assert isinstance(event.frame, KvData)
-        assert event.arrived_checksum == event.frame.checksum != 0
-        handoff.assert_arrived(before)
+        handoff = assert_cells_are_copied(sender, receiver, before)
         with pytest.raises(HandoffError, match="is in place, but our steps cannot work"):
             sender.links.send(in_place(handoff))

@@ -1,6 +1,6 @@
 """How fast the machine's cores are at the moment: looked at again and again while something else goes on.
 
-A core of a machine that others share, of a virtual one above all, takes a quarter to a third longer for some seconds or
+A core of a machine that others share, of a virtual one above all, takes a good deal longer for some seconds or
 minutes, and each core at other times. What is measured at one time and used at another is put right by what the same
 arithmetic took at both. It stays in a core's own cache, so that what our own workers do to each other through memory is
 not in it; on one core it slows down by what prompts and decodes slow down.
