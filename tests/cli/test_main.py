@@ -49,8 +49,8 @@ FROZEN = {
         "--turns"
     ),
     "validate": (
-        "CASES --again --as-calibrated --chip --cv --html --input --json --load --model --output --rate --requests "
-        "--seed --shrink --speedup --trace"
+        "CASES --again --as-calibrated --chip --cv --html --input --json --load --model --output --rate --repeats "
+        "--requests --seed --shrink --speedup --trace"
     ),
     "report": "--csv --event-log --html --perfetto --title RESULTS",
 }

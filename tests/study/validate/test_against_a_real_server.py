@@ -43,7 +43,16 @@ def test_a_machine_is_measured_and_compared_with_its_simulation(
     code = main(["validate", "1p1d", "--chip", str(chip), *load, "--json", str(result), "--html", str(looked_at)])
     assert code in (0, 1)  # a busy machine does not keep to bounds
     shown = capsys.readouterr().out
-    for words in ("1p1d, 1 requests/s: 4 requests", "TTFT p50", "TPOT p90", "decode queue", "%"):
+    for words in (
+        "1p1d, 1 requests/s: 4 requests",
+        "TTFT p50",
+        "TPOT p90",
+        "decode queue",
+        "%",
+        "given steps",
+        "as calibrated",
+        "decode-0 decode",
+    ):
         assert words in shown
     written = json.loads(result.read_text())
     (comparison,) = written["comparisons"]
@@ -51,12 +60,15 @@ def test_a_machine_is_measured_and_compared_with_its_simulation(
     stages = {figure["name"]: figure["measured"] for figure in comparison["stages"]}
     assert stages["prefill"] > 0
     assert stages["decode"] > 0
-    assert '"label":"1p1d, real"' in looked_at.read_text()
+    for label in ("1p1d", "1p1d given its steps", "1p1d as calibrated"):
+        assert f'"label":"{label}"' in looked_at.read_text()
     page = benchmark_docs().simulated.validation(written)
-    assert "*simulated*" in page
+    assert "given its steps" in page
+    assert [speed["kind"] for speed in comparison["speeds"]] == ["decode", "prefill"]
+    assert all(0.1 < speed["times"] < 10 for speed in comparison["speeds"])
     assert "TTFT p50, ms" in page
     again = tmp_path / "again.json"
     assert main(["validate", "--again", str(result), "--chip", str(chip), "--json", str(again)]) == code
     repeated = json.loads(again.read_text())
-    for half in ("measured", "simulated", "comparisons"):
+    for half in ("measured", "given_steps", "as_calibrated", "comparisons"):
         assert repeated[half] == written[half]

@@ -13,7 +13,8 @@ from transload.deploy.resolve import resolve
 from transload.errors import DeploymentError
 from transload.hardware.measured import Slowdown, Speed
 from transload.study.provenance import machine_facts, versions
-from transload.study.validate.compare import compare
+from transload.study.validate.beside import MeasuredRun, simulate_beside
+from transload.study.validate.compare import Seen
 from transload.study.validate.saved import Validation, load_of, read_validation, simulate_again, write_validation
 from transload.study.validate.virtual import measured_of, play_virtual
 from transload.study.workload import Fixed, Poisson, Synthetic, synthetic
@@ -28,11 +29,20 @@ def chip(tmp_path: Path) -> str:
 
 @pytest.fixture
 def saved(tmp_path: Path, chip: str) -> Path:
-    """What was measured is what was simulated: no error at all."""
+    """What was measured is what was simulated: no error at all, and steps as calibrated."""
     deployment = resolve(None, "1p1d", [])
     workload = synthetic(Synthetic(arrivals=Poisson(2.0), input=Fixed(64), output=Fixed(8), num_requests=10, seed=3))
     run = play_virtual(deployment, chip, workload)
-    compared = compare("1p1d", "light", run.summary, run.summary, run.stages, run.stages)
+    measured = MeasuredRun(
+        name="1p1d",
+        load="light",
+        deployment=deployment,
+        workload=workload,
+        seen=Seen(summary=run.summary, stages=run.stages),
+        steps=run.steps,
+        drift=Slowdown(),
+    )
+    beside = simulate_beside(measured, chip, follows_drift=True)
     done = Validation(
         command=("transload", "validate"),
         started_at="2026-11-26T12:00:00+00:00",
@@ -42,11 +52,12 @@ def saved(tmp_path: Path, chip: str) -> Path:
         simulated_by=("transload", "validate"),
         simulated_commit="a" * 40,
         chip=measured_of(chip),
-        comparisons=(msgspec.structs.replace(compared, drift=Slowdown()),),
+        comparisons=(beside.comparison,),
         measured=(run.summary,),
         measured_stages=(run.stages,),
-        simulated=(run.summary,),
-        played=(load_of(deployment, workload, SPEED),),
+        given_steps=(beside.given_steps.summary,),
+        as_calibrated=(beside.as_calibrated.summary,),
+        played=(load_of(deployment, workload, SPEED, run.steps),),
     )
     path = tmp_path / "validation.json"
     write_validation(done, str(path))
@@ -56,8 +67,12 @@ def saved(tmp_path: Path, chip: str) -> Path:
 def test_the_same_chip_gives_the_same_simulation(saved: Path, chip: str) -> None:
     before = read_validation(str(saved))
     after = simulate_again(str(saved), chip, lambda _line: None, command=("again",))
-    assert after.simulated == before.simulated
+    assert after.as_calibrated == before.as_calibrated
+    assert after.given_steps == before.given_steps
     assert after.comparisons == before.comparisons
+    (comparison,) = after.comparisons
+    assert {figure.error for figure in (*comparison.figures, *comparison.stages) if figure.measured} == {0.0}
+    assert {speed.times for speed in comparison.speeds} == {1.0}
     assert after.simulated_by == ("again",)
     assert after.command == before.command
 
@@ -71,8 +86,9 @@ def test_another_chip_changes_the_simulated_half_alone(saved: Path, tmp_path: Pa
     assert after.measured == before.measured
     assert after.chip.step_gap_seconds == 0.05
     found = {figure.name: figure for figure in after.comparisons[0].figures}
-    assert found["TPOT p50"].error is not None
-    assert found["TPOT p50"].error > 0.5
+    assert found["TPOT p50"].error_as_calibrated is not None
+    assert found["TPOT p50"].error_as_calibrated > 0.5
+    assert found["TPOT p50"].error == pytest.approx(0.0, abs=0.05)  # its steps were seen
 
 
 def test_a_machine_that_was_slower_at_the_load_is_simulated_so(saved: Path, tmp_path: Path) -> None:
@@ -84,7 +100,9 @@ def test_a_machine_that_was_slower_at_the_load_is_simulated_so(saved: Path, tmp_
         simulate_again(str(saved), chip, lambda _line: None, command=("again",), follows_drift=follows)
         for follows in (True, False)
     )
-    errors = [{figure.name: figure.error for figure in each.comparisons[0].figures} for each in (follows, stays)]
+    errors = [
+        {figure.name: figure.error_as_calibrated for figure in each.comparisons[0].figures} for each in (follows, stays)
+    ]
     assert errors[0]["TPOT p50"] == pytest.approx(0.5, abs=0.05)
     assert errors[0]["TTFT p50"] is not None
     assert errors[0]["TTFT p50"] > 0.3
@@ -94,9 +112,33 @@ def test_a_machine_that_was_slower_at_the_load_is_simulated_so(saved: Path, tmp_
         assert each.comparisons[0].drift.decode == pytest.approx(1.5)
 
 
+def test_what_users_felt_goes_into_no_simulation(saved: Path, chip: str) -> None:
+    before = read_validation(str(saved))
+    (summary,), (stages,) = before.measured, before.measured_stages
+    assert summary.ttft_seconds is not None
+    felt = msgspec.structs.replace(
+        before,
+        measured=(
+            msgspec.structs.replace(
+                summary,
+                ttft_seconds=msgspec.structs.replace(summary.ttft_seconds, p50=9.0),
+                tpot_seconds=summary.ttft_seconds,
+                output_tokens_per_second=1.0,
+            ),
+        ),
+        measured_stages=({"prefill": stages["decode"]},),
+    )
+    write_validation(felt, str(saved))
+    after = simulate_again(str(saved), chip, lambda _line: None, command=())
+    assert after.given_steps == before.given_steps
+    assert after.as_calibrated == before.as_calibrated
+    assert after.comparisons[0].speeds == before.comparisons[0].speeds
+    assert after.comparisons[0].figures != before.comparisons[0].figures
+
+
 def test_what_is_no_validation_is_refused(saved: Path, chip: str, tmp_path: Path) -> None:
     old = tmp_path / "old.json"
-    old.write_bytes(saved.read_bytes().replace(b"transload-validation-3", b"transload-validation-1"))
+    old.write_bytes(saved.read_bytes().replace(b"transload-validation-4", b"transload-validation-3"))
     for path, words in ((str(old), "of this version wrote"), (str(tmp_path / "none.json"), "cannot read")):
         with pytest.raises(DeploymentError, match=words):
             simulate_again(path, chip, lambda _line: None, command=())

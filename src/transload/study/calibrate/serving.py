@@ -41,7 +41,7 @@ def observe_serving(
     """`records`: of requests that were served one after another, the only ones in the logs."""
     return Serving(
         message_seconds=_message_seconds(folder),
-        step_gap_seconds=_gap_seconds(timeline.steps),
+        step_gap_seconds=gap_seconds(timeline.steps),
         serving=_slowdown(timeline, records, bare),
         request_seconds=_front_end_seconds(timeline, records),
         links=_links(folder),
@@ -86,7 +86,8 @@ def _message_seconds(folder: Path) -> float:
     return max(0.0, median(delays)) if delays else 0.0
 
 
-def _gap_seconds(steps: Iterable[Step]) -> float:
+def gap_seconds(steps: Iterable[Step]) -> float:
+    """Between two steps of a worker that had work all along, typically."""
     by_worker: dict[str, list[Step]] = defaultdict(list)
     for step in steps:
         by_worker[step.worker].append(step)

@@ -5,28 +5,30 @@ Wraps a simulation's own durations, those of a worker that is alone, and says wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from transload.control.messages import Chunk, WorkerId
 from transload.hardware.cost.contention import Work, paces
-from transload.hardware.measured import MeasuredSteps, Slowdown
+from transload.hardware.measured import MeasuredSteps, WorkKind
 from transload.runtime.cost import CostModel
 from transload.runtime.flows import Wire
+
+Times = Callable[[WorkerId, WorkKind], float]
+"""How many times as long a step of this kind, which begins now, takes on that worker as it was measured."""
 
 
 class SharedMachineCost:
     """A `CostModel` and a `MachineModel` of workers that all run on one measured machine."""
 
-    def __init__(self, base: CostModel, measured: MeasuredSteps, drift: Slowdown | None = None) -> None:
-        """`drift`: of the machine since it was measured."""
+    def __init__(self, base: CostModel, measured: MeasuredSteps, times: Times = lambda _worker, _kind: 1.0) -> None:
         self._base = base
         self._measured = measured
-        self._drift = {"prefill": drift.prefill, "decode": drift.decode} if drift is not None else {}
+        self._times = times
 
     # -- alone --------------------------------------------------------------------------------------------------------
 
     def step_seconds(self, worker: WorkerId, chunks: Sequence[Chunk]) -> float:
-        return self._base.step_seconds(worker, chunks) * self._drift.get(self.work(chunks).kind, 1.0)
+        return self._base.step_seconds(worker, chunks) * self._times(worker, self.work(chunks).kind)
 
     def decode_line(self, _worker: WorkerId, _num_decode: int) -> None:
         """A step's length depends on what else runs."""

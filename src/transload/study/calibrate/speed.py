@@ -17,7 +17,7 @@ from transload.hardware.measured import Slowdown, Speed
 from transload.study.calibrate.answering import AnsweringProcess
 from transload.study.calibrate.speedometer import Answer, Order
 
-PERIOD_SECONDS = 0.1
+PERIOD_SECONDS = 0.4
 ANSWER_SECONDS = 30.0
 
 
@@ -42,7 +42,7 @@ def slowdown(times: float) -> Slowdown:
 
 
 class SpeedWatch:
-    """A process that looks all the time; a hundredth of a core. For one thread."""
+    """A process that looks again and again; a fiftieth of a core. For one thread."""
 
     def __init__(self, cores: tuple[int, ...], period_seconds: float = PERIOD_SECONDS) -> None:
         one_thread = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

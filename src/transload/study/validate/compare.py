@@ -1,16 +1,20 @@
-"""Sets a measured run beside the simulated one: errors of what users feel, and of where requests spend their time.
+"""Sets a measured run beside two simulated ones: errors of what users feel, and of where requests spend their time.
 
-Pure: it is handed records and stages.
+One simulation is given how long the run's own steps were: its errors are the control plane's and the virtual runtime's.
+The other knows what calibration said beforehand: its errors have in them how well the machine's speed was known.
+Pure: it is handed summaries and stages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
 
 import msgspec
 
 from transload.hardware.measured import Slowdown
 from transload.study.metrics import Distribution, Summary, distribution
+from transload.study.validate.steps import StepSpeed
 
 P50_WITHIN = 0.10
 P90_WITHIN = 0.20
@@ -21,26 +25,34 @@ Stages = Mapping[str, Distribution]
 """Seconds that requests spend in each stage, by its name."""
 
 
+class Seen(msgspec.Struct, frozen=True, kw_only=True):
+    """One side: what users felt and where requests spent their time."""
+
+    summary: Summary
+    stages: Stages
+
+
 class Figure(msgspec.Struct, frozen=True, kw_only=True):
     """One figure, real and simulated."""
 
     name: str
     measured: float
-    simulated: float
+    given_steps: float
+    """Simulated with steps as long as those of the measured run."""
+    as_calibrated: float
+    """Simulated with what was known of steps beforehand."""
     unit: str
     within: float | None = None
-    """The wanted bound of the relative error; None: for information."""
+    """The wanted bound of the relative errors; None: for information."""
 
     @property
     def error(self) -> float | None:
-        """Simulated over measured, minus one. None where nothing was measured."""
-        return self.simulated / self.measured - 1 if self.measured else None
+        """Of the simulation that is given the steps: over measured, minus one. None where nothing was measured."""
+        return self.given_steps / self.measured - 1 if self.measured else None
 
     @property
-    def holds(self) -> bool | None:
-        if self.within is None or self.error is None:
-            return None
-        return abs(self.error) <= self.within
+    def error_as_calibrated(self) -> float | None:
+        return self.as_calibrated / self.measured - 1 if self.measured else None
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,51 +68,82 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     stages: tuple[Figure, ...]
     """Mean seconds a request spends in each stage of its waterfall, and its percentiles where it is felt."""
     drift: Slowdown | None = None
-    """Of the machine since it was calibrated, from two steps before and after the load."""
+    """Of the machine since it was calibrated, as it was watched through the load; `as_calibrated` follows it."""
+    speeds: tuple[StepSpeed, ...] = ()
+    """Of its steps, which `given_steps` has."""
+
+
+class Errors(msgspec.Struct, frozen=True, kw_only=True):
+    """Of one figure with a bound, over all repeats of a load."""
+
+    name: str
+    within: float
+    given_steps: tuple[float, ...]
+    as_calibrated: tuple[float, ...]
 
     @property
     def holds(self) -> bool:
-        return all(figure.holds is not False for figure in (*self.figures, *self.stages))
+        """Whether the typical repeat is within the bound, given the steps."""
+        return abs(median(self.given_steps)) <= self.within
+
+    @property
+    def holds_as_calibrated(self) -> bool:
+        return abs(median(self.as_calibrated)) <= self.within
 
 
-def compare(
-    deployment: str,
-    load: str,
-    measured: Summary,
-    simulated: Summary,
-    measured_stages: Stages,
-    simulated_stages: Stages,
-) -> Comparison:
-    """One beside the other."""
+def errors_of(comparisons: Iterable[Comparison]) -> dict[tuple[str, str], list[Errors]]:
+    """By deployment and load, in their order: repeats of a load are told apart by nothing."""
+    found: dict[tuple[str, str], dict[str, list[Figure]]] = {}
+    for comparison in comparisons:
+        by_name = found.setdefault((comparison.deployment, comparison.load), {})
+        for figure in (*comparison.figures, *comparison.stages):
+            if figure.within is not None and figure.measured:
+                by_name.setdefault(figure.name, []).append(figure)
+    return {load: [_errors(name, each) for name, each in by_name.items()] for load, by_name in found.items()}
+
+
+def _errors(name: str, figures: Sequence[Figure]) -> Errors:
+    return Errors(
+        name=name,
+        within=figures[0].within or 0.0,
+        given_steps=tuple(figure.error for figure in figures if figure.error is not None),
+        as_calibrated=tuple(figure.error_as_calibrated for figure in figures if figure.error_as_calibrated is not None),
+    )
+
+
+def compare(deployment: str, load: str, measured: Seen, given_steps: Seen, as_calibrated: Seen) -> Comparison:
+    """All three beside each other."""
+    real, given, foretold = measured.summary, given_steps.summary, as_calibrated.summary
     figures: list[Figure] = []
-    for name, real, virtual in (
-        ("TTFT", measured.ttft_seconds, simulated.ttft_seconds),
-        ("TPOT", measured.tpot_seconds, simulated.tpot_seconds),
+    for name, distributions in (
+        ("TTFT", (real.ttft_seconds, given.ttft_seconds, foretold.ttft_seconds)),
+        ("TPOT", (real.tpot_seconds, given.tpot_seconds, foretold.tpot_seconds)),
     ):
-        if real is not None and virtual is not None:
-            figures += _latencies(name, real, virtual)
-    figures += [
-        Figure(
-            name="output tokens/s",
-            measured=measured.output_tokens_per_second,
-            simulated=simulated.output_tokens_per_second,
-            unit="tokens/s",
-            within=P50_WITHIN,
-        ),
-        Figure(
-            name="requests/s",
-            measured=measured.requests_per_second,
-            simulated=simulated.requests_per_second,
-            unit="requests/s",
-        ),
-    ]
+        known = [each for each in distributions if each is not None]
+        if len(known) == len(distributions):
+            figures += _latencies(name, *known)
+    for name, field, unit, within in (
+        ("output tokens/s", "output_tokens_per_second", "tokens/s", P50_WITHIN),
+        ("requests/s", "requests_per_second", "requests/s", None),
+    ):
+        values = [getattr(each, field) for each in (real, given, foretold)]
+        figures.append(
+            Figure(
+                name=name,
+                measured=values[0],
+                given_steps=values[1],
+                as_calibrated=values[2],
+                unit=unit,
+                within=within,
+            )
+        )
     return Comparison(
         deployment=deployment,
         load=load,
-        requests_per_second=measured.offered_requests_per_second or 0.0,
-        num_requests=measured.num_requests,
+        requests_per_second=real.offered_requests_per_second or 0.0,
+        num_requests=real.num_requests,
         figures=tuple(figures),
-        stages=tuple(_stages(measured_stages, simulated_stages)),
+        stages=tuple(_stages(measured.stages, given_steps.stages, as_calibrated.stages)),
     )
 
 
@@ -111,20 +154,28 @@ def stage_distributions(requests: Sequence[Mapping[str, float]]) -> dict[str, Di
     return {name: values for name, values in found.items() if values is not None}
 
 
-def _stages(measured: Stages, simulated: Stages) -> list[Figure]:
-    total = sum(each.mean for each in measured.values())
+def _stages(*sides: Stages) -> list[Figure]:
+    """Of the measured side first, then both simulated ones."""
+    total = sum(each.mean for each in sides[0].values())
     figures: list[Figure] = []
-    for name in dict.fromkeys([*measured, *simulated]):
-        real, virtual = measured.get(name, NEVER), simulated.get(name, NEVER)
-        figures.append(Figure(name=name, measured=real.mean, simulated=virtual.mean, unit="s"))
-        if real.mean >= FELT_SHARE * total:
-            figures += _latencies(name, real, virtual)[:2]
+    for name in dict.fromkeys(name for side in sides for name in side):
+        p50, p90, mean = _latencies(name, *(side.get(name, NEVER) for side in sides))
+        figures.append(msgspec.structs.replace(mean, name=name))
+        if mean.measured >= FELT_SHARE * total:
+            figures += (p50, p90)
     return figures
 
 
-def _latencies(name: str, real: Distribution, virtual: Distribution) -> list[Figure]:
-    return [
-        Figure(name=f"{name} p50", measured=real.p50, simulated=virtual.p50, unit="s", within=P50_WITHIN),
-        Figure(name=f"{name} p90", measured=real.p90, simulated=virtual.p90, unit="s", within=P90_WITHIN),
-        Figure(name=f"{name} mean", measured=real.mean, simulated=virtual.mean, unit="s"),
-    ]
+def _latencies(name: str, real: Distribution, given: Distribution, foretold: Distribution) -> tuple[Figure, ...]:
+    def figure(what: str, within: float | None) -> Figure:
+        measured, given_steps, as_calibrated = (getattr(each, what) for each in (real, given, foretold))
+        return Figure(
+            name=f"{name} {what}",
+            measured=measured,
+            given_steps=given_steps,
+            as_calibrated=as_calibrated,
+            unit="s",
+            within=within,
+        )
+
+    return figure("p50", P50_WITHIN), figure("p90", P90_WITHIN), figure("mean", None)

@@ -15,17 +15,20 @@ from transload.hardware.measured import MeasuredSteps, Slowdown
 from transload.runtime.base import Waterfall
 from transload.study.calibrate.effort import warn_if_busy
 from transload.study.calibrate.server import Played, ServerProcess, new_folder, play
+from transload.study.calibrate.serving import gap_seconds
 from transload.study.curves import latency_curves
-from transload.study.metrics import Distribution, Summary, summarize
-from transload.study.provenance import MachineFacts, machine_facts, versions
+from transload.study.metrics import Summary, summarize
+from transload.study.provenance import machine_facts, versions
 from transload.study.report.sources import with_timeline
 from transload.study.result import Result
 from transload.study.timeline import Timeline, read_timeline
 from transload.study.told import chosen
-from transload.study.validate.compare import Comparison, compare, stage_distributions
+from transload.study.validate.beside import Beside, MeasuredRun, simulate_beside
+from transload.study.validate.compare import Seen, stage_distributions
 from transload.study.validate.drift import drift_of, is_noticed, watch_drift
 from transload.study.validate.saved import PlayedLoad, Validation, commit_of_this, load_of
-from transload.study.validate.virtual import capacity, measured_of, play_virtual
+from transload.study.validate.steps import StepSum, sum_steps
+from transload.study.validate.virtual import capacity, measured_of
 from transload.study.workload import ClosedLoop, Fixed, LogNormal, Poisson, Synthetic, Workload, synthetic
 
 Say = Callable[[str], None]
@@ -46,25 +49,26 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     cv: float = 0.5
     """Spread of both lengths."""
     seed: int = 1
+    repeats: int = 1
+    """All loads of all deployments so often, each time in turn and with requests of its own."""
     follows_drift: bool = True
-    """Simulate the machine as fast as it was around each load, not as fast as when it was calibrated."""
+    """What is simulated as calibrated is as fast as the machine was watched to be through each load, not as fast as
+    when it was calibrated."""
 
 
 class _Case(msgspec.Struct, frozen=True, kw_only=True):
     """One deployment under one load."""
 
-    comparison: Comparison
-    measured: Summary
-    measured_stages: dict[str, Distribution]
-    simulated: Summary
+    run: MeasuredRun
+    beside: Beside
     played: PlayedLoad
-    results: tuple[Result, Result]
+    real: Result
 
 
 def validate(
     cases: Sequence[tuple[str, Deployment]], chip_path: str, load: Load, say: Say, *, command: tuple[str, ...]
 ) -> tuple[Validation, list[Result]]:
-    """What was compared, and both sides of each comparison as results to look at.
+    """What was compared, and the sides of each comparison as results to look at: real, given its steps, as calibrated.
 
     Raises `TransloadError` if a server cannot be started or a request fails.
     """
@@ -72,56 +76,12 @@ def validate(
     measured = measured_of(chip_path)
     started_at, machine = datetime.now(UTC).isoformat(timespec="seconds"), machine_facts()
     found: list[_Case] = []
-    for name, deployment in cases:
-        with (
-            new_folder() as folder,
-            ServerProcess(deployment, Path(folder)) as server,
-            watch_drift(measured) as watch,
-        ):
-            _warm_up(server.url)
-            drifts = [drift_of(measured, None if watch is None else watch.since())]
-            for words, workload in _workloads(deployment, chip_path, load, drifts, say):
-                say(f"{name}, {words}: for real")
-                if watch is not None:
-                    watch.since()  # what was before is not of this load
-                played = play(server.url, workload)
-                speed = None if watch is None else watch.since()
-                drift = drift_of(measured, speed)
-                drifts.append(drift)
-                if drift is not None and is_noticed(drift):
-                    say(f"  the machine takes {drift.prefill:.2f} x what it did when it was calibrated")
-                simulated = play_virtual(
-                    deployment, chip_path, workload, drift=drift if load.follows_drift else None, name=name
-                )
-                summary = summarize(played.records, Targets())
-                stages = stage_distributions([_seconds_by_stage(each) for each in played.waterfalls])
-                compared = compare(name, words, summary, simulated.summary, stages, simulated.stages)
-                timeline = read_timeline(server.event_log)
-                real = _real_result(name, deployment, workload, summary, played, timeline)
-                found.append(
-                    _Case(
-                        comparison=msgspec.structs.replace(compared, drift=drift),
-                        measured=summary,
-                        measured_stages=stages,
-                        simulated=simulated.summary,
-                        played=load_of(deployment, workload, speed),
-                        results=(real, simulated.result),
-                    )
-                )
-    done = _summed_up(found, measured, started_at, machine, command, follows_drift=load.follows_drift)
-    return done, [result for case in found for result in case.results]
-
-
-def _summed_up(
-    found: Sequence[_Case],
-    chip: MeasuredSteps,
-    started_at: str,
-    machine: MachineFacts,
-    command: tuple[str, ...],
-    *,
-    follows_drift: bool,
-) -> Validation:
-    return Validation(
+    for repeat in range(load.repeats):
+        if load.repeats > 1:
+            say(f"round {repeat + 1} of {load.repeats}")
+        for name, deployment in cases:
+            found += _play_case(name, deployment, chip_path, measured, load, repeat, say)
+    done = Validation(
         command=command,
         started_at=started_at,
         commit=commit_of_this(),
@@ -129,14 +89,66 @@ def _summed_up(
         versions=versions(),
         simulated_by=command,
         simulated_commit=commit_of_this(),
-        chip=chip,
-        follows_drift=follows_drift,
-        comparisons=tuple(case.comparison for case in found),
-        measured=tuple(case.measured for case in found),
-        measured_stages=tuple(case.measured_stages for case in found),
-        simulated=tuple(case.simulated for case in found),
+        chip=measured,
+        follows_drift=load.follows_drift,
+        comparisons=tuple(case.beside.comparison for case in found),
+        measured=tuple(case.run.seen.summary for case in found),
+        measured_stages=tuple(dict(case.run.seen.stages) for case in found),
+        given_steps=tuple(case.beside.given_steps.summary for case in found),
+        as_calibrated=tuple(case.beside.as_calibrated.summary for case in found),
         played=tuple(case.played for case in found),
     )
+    sides = [(case.real, case.beside.given_steps.result, case.beside.as_calibrated.result) for case in found]
+    return done, [result for each in sides for result in each]
+
+
+def _play_case(
+    name: str, deployment: Deployment, chip_path: str, chip: MeasuredSteps, load: Load, repeat: int, say: Say
+) -> list[_Case]:
+    """One deployment under all its loads, on a server of its own."""
+    found: list[_Case] = []
+    with new_folder() as folder, ServerProcess(deployment, Path(folder)) as server, watch_drift(chip) as watch:
+        _warm_up(server.url)
+        drifts = [drift_of(chip, None if watch is None else watch.since())]
+        for words, workload in _workloads(deployment, chip_path, load, repeat, drifts, say):
+            say(f"{name}, {words}: for real")
+            if watch is not None:
+                watch.since()  # what was before is not of this load
+            played = play(server.url, workload)
+            speed = None if watch is None else watch.since()
+            drift = drift_of(chip, speed)
+            drifts.append(drift)
+            if drift is not None and is_noticed(drift):
+                say(f"  the machine takes {drift.prefill:.2f} x what it did when it was calibrated")
+            timeline = read_timeline(server.event_log)
+            run = MeasuredRun(
+                name=name,
+                load=words,
+                deployment=deployment,
+                workload=workload,
+                seen=Seen(
+                    summary=summarize(played.records, Targets()),
+                    stages=stage_distributions([_seconds_by_stage(each) for each in played.waterfalls]),
+                ),
+                steps=_steps_of(timeline, played),
+                drift=drift,
+            )
+            found.append(
+                _Case(
+                    run=run,
+                    beside=simulate_beside(run, chip_path, follows_drift=load.follows_drift),
+                    played=load_of(deployment, workload, speed, run.steps),
+                    real=_real_result(name, deployment, workload, run.seen.summary, played, timeline),
+                )
+            )
+    return found
+
+
+def _steps_of(timeline: Timeline, played: Played) -> tuple[StepSum, ...]:
+    """Of this load, the last that was played."""
+    began = played.clock_seconds - timeline.clock_seconds
+    steps = [step for step in timeline.steps if step.start_seconds >= began]
+    return sum_steps(steps, began_seconds=began, gap_seconds=gap_seconds(steps))
 
 
 def _real_result(
@@ -165,7 +177,7 @@ def _real_result(
 
 
 def _workloads(
-    deployment: Deployment, chip_path: str, load: Load, drifts: Sequence[Slowdown | None], say: Say
+    deployment: Deployment, chip_path: str, load: Load, repeat: int, drifts: Sequence[Slowdown | None], say: Say
 ) -> Iterable[tuple[str, Workload]]:
     """Each made when it is asked for, and capacity with the last of `drifts` by then: a machine that has become slower
     than it was when it was calibrated would be asked for more than it can do."""
@@ -187,7 +199,7 @@ def _workloads(
                     input=LogNormal(float(load.num_input), load.cv),
                     output=LogNormal(float(load.num_output), load.cv),
                     num_requests=load.num_requests,
-                    seed=load.seed + number,
+                    seed=load.seed + number + repeat * len(wanted),
                 )
             ),
         )

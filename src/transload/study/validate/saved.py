@@ -18,12 +18,14 @@ from transload.hardware.measured import MeasuredSteps, Speed
 from transload.study.json_file import write_out
 from transload.study.metrics import Distribution, Summary
 from transload.study.provenance import MachineFacts
-from transload.study.validate.compare import Comparison, compare
+from transload.study.validate.beside import Beside, MeasuredRun, simulate_beside
+from transload.study.validate.compare import Comparison, Seen
 from transload.study.validate.drift import drift_of
-from transload.study.validate.virtual import measured_of, play_virtual
+from transload.study.validate.steps import StepSum
+from transload.study.validate.virtual import measured_of
 from transload.study.workload import ArrivalSpec, Workload
 
-SCHEMA: Literal["transload-validation-3"] = "transload-validation-3"
+SCHEMA: Literal["transload-validation-4"] = "transload-validation-4"
 Say = Callable[[str], None]
 
 
@@ -40,6 +42,8 @@ class PlayedLoad(msgspec.Struct, frozen=True, kw_only=True):
     arrivals: tuple[ArrivalSpec, ...]
     speed: Speed | None
     """Of the machine, all through the load."""
+    steps: tuple[StepSum, ...]
+    """Of all workers, as long as they took."""
 
     def as_workload(self) -> Workload:
         """The same arrivals and contents."""
@@ -54,7 +58,7 @@ class PlayedLoad(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def load_of(deployment: Deployment, workload: Workload, speed: Speed | None = None) -> PlayedLoad:
+def load_of(deployment: Deployment, workload: Workload, speed: Speed | None, steps: tuple[StepSum, ...]) -> PlayedLoad:
     """To be played again."""
     return PlayedLoad(
         deployment=to_yaml(deployment),
@@ -65,13 +69,14 @@ def load_of(deployment: Deployment, workload: Workload, speed: Speed | None = No
         duration_seconds=workload.duration_seconds,
         arrivals=tuple(workload),
         speed=speed,
+        steps=steps,
     )
 
 
 class Validation(msgspec.Struct, frozen=True, kw_only=True):
     """The JSON file."""
 
-    schema: Literal["transload-validation-3"] = SCHEMA
+    schema: Literal["transload-validation-4"] = SCHEMA
     command: tuple[str, ...]
     started_at: str
     commit: str
@@ -83,12 +88,15 @@ class Validation(msgspec.Struct, frozen=True, kw_only=True):
     chip: MeasuredSteps
     """What the simulated half rests on."""
     follows_drift: bool = True
-    """Whether it is of the machine as fast as it was around each load."""
+    """Whether `as_calibrated` is of the machine as fast as it was watched to be through each load."""
     comparisons: tuple[Comparison, ...]
     measured: tuple[Summary, ...]
     """In the order of the comparisons."""
     measured_stages: tuple[dict[str, Distribution], ...]
-    simulated: tuple[Summary, ...]
+    given_steps: tuple[Summary, ...]
+    """Simulated, with steps as long as those of the measured run."""
+    as_calibrated: tuple[Summary, ...]
+    """Simulated, with what was known beforehand."""
     played: tuple[PlayedLoad, ...]
 
 
@@ -97,30 +105,29 @@ def simulate_again(
 ) -> Validation:
     """The measured half of the file beside a simulation of today. Raises `DeploymentError` for a file that is none."""
     before, chip = read_validation(path), measured_of(chip_path)
-    comparisons: list[Comparison] = []
-    summaries: list[Summary] = []
+    found: list[Beside] = []
     halves = zip(before.comparisons, before.measured, before.measured_stages, before.played, strict=True)
     for old, measured, stages, load in halves:
         say(f"{old.deployment}, {old.load}: simulated anew")
-        drift = drift_of(chip, load.speed)
-        run = play_virtual(
-            loads(load.deployment, path),
-            chip_path,
-            load.as_workload(),
-            drift=drift if follows_drift else None,
+        run = MeasuredRun(
             name=old.deployment,
+            load=old.load,
+            deployment=loads(load.deployment, path),
+            workload=load.as_workload(),
+            seen=Seen(summary=measured, stages=stages),
+            steps=load.steps,
+            drift=drift_of(chip, load.speed),
         )
-        new = compare(old.deployment, old.load, measured, run.summary, stages, run.stages)
-        comparisons.append(msgspec.structs.replace(new, drift=drift))
-        summaries.append(run.summary)
+        found.append(simulate_beside(run, chip_path, follows_drift=follows_drift))
     return msgspec.structs.replace(
         before,
         simulated_by=command,
         simulated_commit=commit_of_this(),
         chip=chip,
         follows_drift=follows_drift,
-        comparisons=tuple(comparisons),
-        simulated=tuple(summaries),
+        comparisons=tuple(each.comparison for each in found),
+        given_steps=tuple(each.given_steps.summary for each in found),
+        as_calibrated=tuple(each.as_calibrated.summary for each in found),
     )
 
 

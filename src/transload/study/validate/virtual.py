@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import msgspec
 
+from transload.control.messages import WorkerId
 from transload.deploy.spec import Deployment, Link, Pool, Targets
 from transload.errors import DeploymentError
 from transload.hardware.catalog import load_chip
-from transload.hardware.measured import MeasuredSteps, Slowdown
+from transload.hardware.cost.measured import MeasuredStepCost
+from transload.hardware.measured import MeasuredSteps, Slowdown, WorkKind
 from transload.study.calibrate.shared_machine import SharedMachineCost
 from transload.study.curves import latency_curves
 from transload.study.metrics import Distribution, RequestRecord, Summary, summarize
@@ -19,6 +22,7 @@ from transload.study.simulate import Simulation
 from transload.study.simulated import ClusterCost, plan_cluster
 from transload.study.summing_up import RunFacts, sum_up
 from transload.study.validate.compare import stage_distributions
+from transload.study.validate.steps import Speeds, StepSum, alone_on, find_speeds, sum_steps
 from transload.study.workload import ClosedLoop, Fixed, Synthetic, Workload, synthetic
 
 CAPACITY_USERS = 48
@@ -30,7 +34,24 @@ class VirtualRun(msgspec.Struct, frozen=True, kw_only=True):
     summary: Summary
     stages: dict[str, Distribution]
     """Seconds of a request, by name of stage."""
+    steps: tuple[StepSum, ...]
     result: Result
+
+
+class _Times:
+    """How many times as long steps take as they were measured: always the same, or as it was at that time."""
+
+    def __init__(self, drift: Slowdown, speeds: Speeds) -> None:
+        self._drift: dict[WorkKind, float] = {"prefill": drift.prefill, "decode": drift.decode}
+        self._speeds = speeds
+        self.simulation: Simulation | None = None
+
+    def __call__(self, worker: WorkerId, kind: WorkKind) -> float:
+        speed = self._speeds.get((worker, kind))
+        if speed is None:
+            return self._drift[kind]
+        assert self.simulation is not None
+        return speed.at(self.simulation.runtime.now)
 
 
 def measured_of(chip_path: str) -> MeasuredSteps:
@@ -44,14 +65,23 @@ def measured_of(chip_path: str) -> MeasuredSteps:
 
 
 def play_virtual(
-    deployment: Deployment, chip_path: str, workload: Workload, *, drift: Slowdown | None = None, name: str = ""
+    deployment: Deployment,
+    chip_path: str,
+    workload: Workload,
+    *,
+    drift: Slowdown | None = None,
+    speeds: Speeds | None = None,
+    name: str = "",
 ) -> VirtualRun:
-    """All workers on one machine, which is the measured one, slower by `drift`. `name` is the result's."""
+    """All workers on one machine, which is the measured one, slower by `drift`, or by `speeds` where they say. `name`
+    is the result's."""
     started_at, began = datetime.now(UTC).isoformat(timespec="seconds"), time.process_time()
     measured = measured_of(chip_path)
     cluster = plan_cluster(_on_chip(deployment, chip_path))
-    cost = SharedMachineCost(ClusterCost(cluster), measured, drift or Slowdown())
-    simulation = Simulation(cluster, workload, cost, seed=deployment.seed, jumps=False, machine=cost, with_records=True)
+    times = _Times(drift or Slowdown(), speeds or {})
+    cost = SharedMachineCost(ClusterCost(cluster), measured, times)
+    times.simulation = simulation = Simulation(cluster, workload, cost, seed=deployment.seed, jumps=False,
+                                               machine=cost, with_records=True, with_steps=True)  # fmt: skip
     simulation.run()
     recorder = simulation.recorder
     records = [_felt(record, measured.front_end.request_seconds) for record in recorder.records or []]
@@ -66,14 +96,30 @@ def play_virtual(
         faults=(),
     )
     result = msgspec.structs.replace(
-        sum_up(cluster, recorder, facts), summary=summary, curves=latency_curves(records), requests=None
+        sum_up(cluster, recorder, facts), summary=summary, curves=latency_curves(records), requests=None, steps=None
     )
     return VirtualRun(
         records=records,
         summary=summary,
         stages=stage_distributions(recorder.stage_times or []),
+        steps=sum_steps(recorder.step_list or ()),
         result=result,
     )
+
+
+def play_with_steps(
+    deployment: Deployment, chip_path: str, workload: Workload, steps: Sequence[StepSum], *, name: str = ""
+) -> tuple[VirtualRun, Speeds]:
+    """The same, with steps that take as long as those of the real run did; and how many times as long that is as they
+    took when the machine was measured."""
+
+    def play(speeds: Speeds) -> tuple[VirtualRun, Sequence[StepSum]]:
+        run = play_virtual(deployment, chip_path, workload, speeds=speeds, name=name)
+        return run, run.steps
+
+    alone = alone_on(MeasuredStepCost(measured_of(chip_path)), tuple(workload))
+    speeds, run = find_speeds(steps, alone, play)
+    return run, speeds
 
 
 def _on_chip(deployment: Deployment, chip_path: str) -> Deployment:
