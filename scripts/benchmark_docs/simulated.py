@@ -55,23 +55,35 @@ def _times(result: dict[str, Any], peer: dict[str, Any]) -> list[object]:
     return ["" if each is None else f"{each:.0f}x" if each >= 10 else f"{each:.1f}x" for each in times]
 
 
-def validation(result: dict[str, Any], title: str = "Real against virtual") -> str:
-    chip, loads = result["chip"], _loads(result["comparisons"])
+def validation(result: dict[str, Any]) -> str:
     text = (
-        f"\n## {title}\n\n`transload validate`: the same deployments and loads on this machine and in virtual time "
-        f"(*simulated*, from what `transload calibrate` measured of it on {chip['date']}: {chip['model']}, "
-        f"{chip['dtype']}, {chip['threads']} thread(s)). Two simulations, because there are two questions:\n\n"
+        "\n## Real against virtual\n\n`transload validate`: the same deployments and loads on this machine and in "
+        "virtual time. Two simulations stand beside each real run, because there are two questions:\n\n"
         "- *Given its steps*: does the same control plane in virtual time give the latencies of the real system, if it "
         "is told how long steps take? For each worker, kind of step (with prompt tokens or without) and ten seconds "
         "one number is taken from the run's own steps: how many times as long they took as such steps took at "
         "calibration. Nothing of requests' latencies, throughput or stages goes into it. What is left to go wrong is "
         "queueing, batching, chunking, routing, handoff, the front end, and how workers slow each other.\n"
-        "- *As calibrated*: the same with what was known of steps beforehand"
-        f"{', scaled by the drift that was watched' if result.get('follows_drift') else ''}. How well a machine whose "
-        "cores others share is known from minutes before is in this error too.\n\n"
+        "- *As calibrated*: the same with what was known of steps beforehand, scaled by the drift that was watched. "
+        "How well a machine whose cores others share is known from minutes before is in this error too.\n\n"
         "Wanted: medians and throughput within 10 %, p90 within 20 %, of each stage that takes a twentieth of a "
         "request's time too; **bold** where it is not.\n\n"
     )
+    return text + _validated(result)
+
+
+def split_validation(result: dict[str, Any]) -> str:
+    return "\n## Real against virtual: attention here, feed-forward there\n\nAs above.\n\n" + _validated(result)
+
+
+def _validated(result: dict[str, Any]) -> str:
+    chip, loads = result["chip"], _loads(result["comparisons"])
+    text = (
+        f"*Simulated* from what `transload calibrate` measured of this machine on {chip['date']}: {chip['model']}, "
+        f"{chip['dtype']}, {chip['threads']} thread(s).\n\n"
+    )
+    if not result.get("follows_drift"):
+        text += "Here drift was left out of what is as calibrated.\n\n"
     if result.get("simulated_commit", result["commit"]) != result["commit"]:
         text += f"Simulated anew by commit {result['simulated_commit'][:7]} from what had been measured before.\n\n"
     repeats = max(len(each) for each in loads.values())
@@ -100,8 +112,19 @@ def _loads(comparisons: list[dict[str, Any]]) -> Loads:
     """By deployment and load, the repeats of each."""
     found: Loads = {}
     for comparison in comparisons:
-        found.setdefault((comparison["deployment"], comparison["load"]), []).append(comparison)
+        found.setdefault((comparison["deployment"], comparison["load"]), []).append(_of_today(comparison))
     return found
+
+
+def _of_today(comparison: dict[str, Any]) -> dict[str, Any]:
+    """Results of before 2026-11-26 22:00 hold one simulation, which was not given the run's steps."""
+    if "speeds" in comparison:
+        return comparison
+    figures, stages = (
+        [figure | {"as_calibrated": figure["simulated"]} for figure in comparison[part]]
+        for part in ("figures", "stages")
+    )
+    return comparison | {"figures": figures, "stages": stages, "speeds": []}
 
 
 def _bounded(repeats: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -179,12 +202,8 @@ def _speeds(deployment: str, load: str, comparison: dict[str, Any]) -> list[obje
 def _stages(deployment: str, load: str, comparison: dict[str, Any]) -> list[object]:
     """Those that take a hundredth of a second or more."""
     told = [
-        f"{figure['name']} {' / '.join(f'{figure[side]:.2f}' for side in ('measured', *SIDES))}"
+        f"{figure['name']} {' / '.join(f'{figure[side]:.2f}' for side in ('measured', *SIDES) if side in figure)}"
         for figure in comparison["stages"]
         if figure["within"] is None and max(figure["measured"], figure["as_calibrated"]) >= 0.01
     ]
     return [deployment, load, "; ".join(told)]
-
-
-def split_validation(result: dict[str, Any]) -> str:
-    return validation(result, "Real against virtual: attention here, feed-forward there")
