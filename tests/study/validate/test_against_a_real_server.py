@@ -50,7 +50,7 @@ def test_a_machine_is_measured_and_compared_with_its_simulation(
         "decode queue",
         "%",
         "given steps",
-        "as calibrated",
+        "calibrated",
         "decode-0 decode",
     ):
         assert words in shown

@@ -15,7 +15,7 @@ from transload.units import format_seconds
 LEGEND = (
     "given steps: simulated with steps as long as this run's own were; its errors are those of the control plane in "
     "virtual time",
-    "as calibrated: simulated with what was known beforehand, and the drift that was watched; how well the machine's "
+    "calibrated: simulated with what was known beforehand, and the drift that was watched; how well the machine's "
     "speed was known is in its errors too",
 )
 
@@ -24,12 +24,12 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
     """What users feel, then where the time goes."""
     head = f"{comparison.deployment}, {comparison.load}: {comparison.num_requests} requests"
     console.print(Text(f"{head}, {comparison.requests_per_second:.2f}/s", style="bold"), soft_wrap=True)
-    table = _table("", "measured", "given steps", "error", "as calibrated", "error", "within")
+    table = _table("", "measured", "given steps", "error", "calibrated", "error", "within")
     for figure in comparison.figures:
         _add(table, figure, figure.name)
     for index, figure in enumerate(comparison.stages):
         if index == 0:
-            table.add_row(Text("a request's mean stage", style="dim"))
+            table.add_row(Text("mean of stages", style="dim"))
         _add(table, figure, f"  {figure.name}")
     console.print(table)
     told = ", ".join(
@@ -42,12 +42,14 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
 
 def show_errors(comparisons: Iterable[Comparison], console: Console) -> None:
     """What of several repeats is typical, and how far they are apart."""
-    table = _table("error of", "given steps", "", "as calibrated", "", "within")
     for (deployment, load), errors in errors_of(comparisons).items():
-        table.add_row(Text(f"{deployment}, {load}: {len(errors[0].given_steps)} repeats", style="bold"))
+        repeats = len(errors[0].given_steps)
+        console.print(Text(f"{deployment}, {load}: errors of {repeats} repeats", style="bold"), soft_wrap=True)
+        table = _table("", "given steps", "", "calibrated", "", "within")
         for each in errors:
             table.add_row(f"  {each.name}", *_spread(each), f"{each.within:.0%}")
-    console.print(table)
+        console.print(table)
+        console.print()
 
 
 def show_legend(console: Console) -> None:
@@ -66,7 +68,7 @@ def _spread(errors: Errors) -> list[Text]:
 def _table(*names: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for index, name in enumerate(names):
-        table.add_column(name, justify="right" if index else "left")
+        table.add_column(name, justify="right" if index else "left", no_wrap=True)
     return table
 
 
