@@ -2,9 +2,10 @@
 
     python benchmarks/interference.py [--streams 4] [--prompts 6] [--only 1p1d] > benchmarks/results/interference.json
 
-Each deployment has the same two cores. First the streams run alone, which is the baseline of the same run; then long
-prompts arrive one by one. `worst_gap_ratio` is the worst gap between two tokens of any stream while prompts arrive,
-over the median gap when none did.
+Each deployment has the same two cores. First the streams run alone; then long prompts arrive one by one; then the
+streams run alone again. A stream's steps get longer with its context, whoever else is there: `worst_gap_ratio` is the
+worst gap between two tokens of any stream while prompts arrive, over what a gap takes alone at that context, on the
+line between the medians of before and after. `worst_gap_ratio_to_start` is over the median of before, as others count.
 """
 
 from __future__ import annotations
@@ -106,32 +107,52 @@ async def measure(url: str, num_streams: int, num_prompts: int) -> dict[str, obj
         ttft.append(prompt.token_seconds[0] - sent)
         await asyncio.sleep(0.2)
     prompts_to = loop.time()
+    await asyncio.sleep(5.0)
+    alone_to = loop.time()
     if any(stream.done() for stream in streams):
         raise SystemExit("a stream ended before the prompts did; give it more tokens")
     for stream in streams:
         stream.cancel()
     await asyncio.gather(*streams, return_exceptions=True)
     await client.close()
-    return summary([answer.token_seconds for answer in answers], alone_from, prompts_from, prompts_to, ttft)
+    phases = (alone_from, prompts_from, prompts_to, alone_to)
+    return summary([answer.token_seconds for answer in answers], phases, ttft)
+
+
+Gaps = list[tuple[int, float]]
+"""(number of the token that ends it, seconds)"""
+
+
+def gaps_between(times: Sequence[Sequence[float]], since: float, until: float) -> Gaps:
+    return [
+        (number, after - before)
+        for stream in times
+        for number, (before, after) in enumerate(pairwise(stream), start=1)
+        if since <= before and after <= until
+    ]
+
+
+def undisturbed(before: Gaps, after: Gaps) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of tokens, and what a gap takes there when nobody else is on the machine."""
+    middles = [np.median(np.asarray(phase), axis=0) for phase in (before, after)]
+    return np.array([middle[0] for middle in middles]), np.array([middle[1] for middle in middles])
 
 
 def summary(
-    times: Sequence[Sequence[float]], alone_from: float, prompts_from: float, prompts_to: float, ttft: Sequence[float]
+    times: Sequence[Sequence[float]], phases: tuple[float, float, float, float], ttft: Sequence[float]
 ) -> dict[str, object]:
-    alone: list[float] = []
-    disturbed: list[float] = []
-    for stream in times:
-        for before, after in pairwise(stream):
-            if alone_from <= before and after <= prompts_from:
-                alone.append(after - before)
-            elif prompts_from <= before and after <= prompts_to:
-                disturbed.append(after - before)
-    normal = float(np.median(alone))
+    """`phases`: when the streams were left alone, prompts began, prompts had ended, and the measurement ended."""
+    before, disturbed, after = (gaps_between(times, since, until) for since, until in pairwise(phases))
+    numbers, alone = undisturbed(before, after)
+    ratios = [gap / float(np.interp(number, numbers, alone)) for number, gap in disturbed]
+    seconds = [gap for _, gap in disturbed]
     return {
-        "alone_itl_ms": milliseconds(alone),
-        "disturbed_itl_ms": milliseconds(disturbed),
-        "worst_gap_ratio": round(max(disturbed) / normal, 2),
-        "tpot_ratio": round(float(np.mean(disturbed)) / float(np.mean(alone)), 2),
+        "alone_itl_ms": milliseconds([gap for _, gap in before]),
+        "alone_after_itl_ms": milliseconds([gap for _, gap in after]),
+        "disturbed_itl_ms": milliseconds(seconds),
+        "worst_gap_ratio": round(max(ratios), 2),
+        "worst_gap_ratio_to_start": round(max(seconds) / float(alone[0]), 2),
+        "tpot_ratio": round(float(np.mean(ratios)), 2),
         "prompt_ttft_seconds": {"median": round(float(np.median(ttft)), 3), "max": round(max(ttft), 3)},
     }
 

@@ -11,23 +11,25 @@ from benchmark_docs.layout import origin, table
 def interference(result: dict[str, Any]) -> str:
     rows: list[list[object]] = []
     for name, figures in result["results"].items():
-        alone, disturbed = figures["alone_itl_ms"], figures["disturbed_itl_ms"]
+        before, after, disturbed = (figures[f"{phase}_itl_ms"] for phase in ("alone", "alone_after", "disturbed"))
         rows.append(
             [
                 name,
-                alone["p50"],
+                f"{before['p50']} / {after['p50']}",
                 f"{disturbed['p50']} / {disturbed['p99']} / {disturbed['max']}",
                 f"{figures['worst_gap_ratio']}x",
+                f"{figures['tpot_ratio']}x",
                 figures["prompt_ttft_seconds"]["median"],
             ]
         )
     text = (
         "\n## Interference\n\nWhat running streams feel while prompts of "
         f"{result['prompt_tokens']:,} tokens arrive one by one ({result['streams']} streams; all setups on the same "
-        "two cores). Inter-token latency in milliseconds; the worst gap over the median gap of the same streams "
-        "alone.\n\n"
+        "two cores). Inter-token latency in milliseconds; alone: before the prompts and after them, when the streams' "
+        "contexts are longer. The worst gap and the mean one are over what the same streams take alone at that "
+        "context.\n\n"
     )
-    columns = ["setup", "alone p50", "disturbed p50 / p99 / max", "worst gap", "prompt's TTFT, s"]
+    columns = ["setup", "alone p50, before / after", "disturbed p50 / p99 / max", "worst gap", "mean gap", "prompt's TTFT, s"]
     return text + table(columns, rows) + origin(result)
 
 
