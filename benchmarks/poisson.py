@@ -81,7 +81,8 @@ def at_all_rates(name: str, url: str, options: argparse.Namespace) -> list[dict[
 def once(url: str, rate: float, options: argparse.Namespace) -> dict[str, Any]:
     """One load at one rate, after a few requests that warm the server up."""
     command = [sys.executable, "-m", "transload", "bench", url, "--rate", str(rate), "--json", "-"]
-    command += ["--requests", str(max(round(rate * options.seconds), 10)), "--warmup", "3", "--seed", str(options.seed)]
+    seed = options.seed + options.rates.index(rate)  # prompts of its own: none is in the cache of the rate before
+    command += ["--requests", str(max(round(rate * options.seconds), 10)), "--warmup", "3", "--seed", str(seed)]
     command += ["--input", str(INPUT_TOKENS), "--output", str(OUTPUT_TOKENS)]
     command += ["--ttft", options.ttft, "--tpot", options.tpot]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

@@ -118,6 +118,12 @@ class BlockPool:
         """Give back one reference to each block. Later blocks of a request become evictable before earlier ones:
         a block is useless without those before it."""
         references, keys, free = self._references, self._keys, self._free
+        if not self._by_key:  # nothing was ever shared: each has one holder, and nobody finds it again
+            for block in blocks:
+                assert references[block] == 1, f"block {block} is released but nobody holds it"
+                references[block] = 0
+            free.extend(reversed(blocks))
+            return
         for block in reversed(blocks):
             left = references[block] - 1
             assert left >= 0, f"block {block} is released but nobody holds it"
