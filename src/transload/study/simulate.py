@@ -173,7 +173,6 @@ class Simulation:
         """To the end; False if `progress` has ended it before."""
         runtime, recorder = self.runtime, self.recorder
         goes_on = True
-        gc.collect()
         gc.freeze()  # nothing in a run refers to itself in a circle: looking for that takes time and finds nothing
         before = gc.get_threshold()
         gc.set_threshold(200_000, 50, 100)
