@@ -12,6 +12,7 @@ cache. See model/kv_cache.py for its layout. */
 #define CHUNK_KEYS 64
 #define QUERY_ROWS 96 /* rows x heads of a tile: its queries, scores and sums stay in the second-level cache */
 #define HIDDEN (-1e30f)
+#define NO_SCORE (-1e20f) /* above it and below every score: what there is before the first key */
 
 struct cache {
     char *base;
@@ -51,14 +52,22 @@ INLINE int64_t first_key(int64_t position, int64_t window) {
 
 /* --- One row ------------------------------------------------------------------------------------------------------- */
 
+/* Keys that all heads go over before the next ones: first the keys, then the values. What lies together in a block is
+   read in one go: memory, and above all its pages, are slow where a little is read here and a little there. */
+#ifndef LONE_KEYS
+#define LONE_KEYS 32
+#endif
+
+/* Some keys of a row, for heads that share them. */
 struct lone_query {
     const struct cache *cache;
     const int64_t *blocks;
-    int64_t layer, kv_head, position, window;
-    int64_t asked_heads;  /* key heads, this one first, whose keys and values are to be asked for; 0: that was done */
+    int64_t layer, kv_head;
+    int64_t low, high;    /* positions */
     const float *queries; /* [heads, head_dim], scaled by log2 e / sqrt(head_dim) */
-    float *out;           /* like queries */
-    float *scores;        /* heads x (keys + LANES) */
+    float *sums;          /* like queries: weighted values of the keys so far */
+    float *best, *total;  /* of each head: the highest score, and the sum of the weights, of the keys so far */
+    float *scores;        /* [heads, LONE_KEYS], then the weights */
 };
 
 /* Rows of keys or values in the order of positions, without a division a row. */
@@ -69,8 +78,8 @@ struct walk {
     const char *rows;                 /* of the block */
 };
 
-INLINE struct walk walk_from(const struct lone_query *q, int part, int64_t position, int64_t row_bytes) {
-    const int64_t block = position / q->cache->block_size, offset = position % q->cache->block_size;
+INLINE struct walk walk_from_low(const struct lone_query *q, int part, int64_t row_bytes) {
+    const int64_t block = q->low / q->cache->block_size, offset = q->low % q->cache->block_size;
     return (struct walk){q, part, row_bytes, block, offset, piece(q->cache, q->blocks[block], q->layer, part, q->kv_head)};
 }
 INLINE const char *next_row(struct walk *walk) {
@@ -82,25 +91,10 @@ INLINE const char *next_row(struct walk *walk) {
     return walk->rows + walk->offset++ * walk->row_bytes;
 }
 
-#define BLOCKS_AHEAD 1
-
-/* Ask for a block's keys and values before they are needed, of several heads in one go: blocks lie anywhere, and memory
-   is fast only where much is read in a row. */
-INLINE void ask_for_block(const struct lone_query *q, int64_t number, int64_t row_bytes) {
-    const int64_t num_bytes = q->asked_heads * q->cache->block_size * row_bytes;
-    for (int part = 0; part < 2; part++) {
-        const char *from = piece(q->cache, q->blocks[number], q->layer, part, q->kv_head);
-        for (int64_t offset = 0; offset < num_bytes; offset += 64) __builtin_prefetch(from + offset, 0, 2);
-    }
-}
-
-INLINE void lone_scores(const struct lone_query *q, int kind, int heads, int64_t low, int64_t high, int64_t ld) {
-    const int64_t dim = q->cache->head_dim, row_bytes = dim * (kind == KIND_FLOAT32 ? 4 : 2);
-    const int64_t last = (high - 1) / q->cache->block_size;
-    struct walk keys = walk_from(q, 0, low, row_bytes);
-    int64_t asked = q->asked_heads ? keys.block : last + 1;
+INLINE void lone_scores(const struct lone_query *q, int kind, int heads) {
+    const int64_t dim = q->cache->head_dim, low = q->low, high = q->high;
+    struct walk keys = walk_from_low(q, 0, dim * (kind == KIND_FLOAT32 ? 4 : 2));
     for (int64_t key = low; key < high; key += LANES) {
-        for (; asked <= keys.block + BLOCKS_AHEAD && asked <= last; asked++) ask_for_block(q, asked, row_bytes);
         vf parts[4][LANES];
         const int together = heads < 4 ? 4 : 2; /* keys: enough independent sums to keep the multipliers busy */
         const char *rows[4];
@@ -133,38 +127,48 @@ INLINE void lone_scores(const struct lone_query *q, int kind, int heads, int64_t
 #pragma GCC unroll 4
                 for (int i = 0; i < together; i++) parts[head][lane + i] = sum[head * together + i];
         }
-        for (int head = 0; head < heads; head++) store(q->scores + head * ld + key - low, sums_of(parts[head]));
+        for (int head = 0; head < heads; head++) store(q->scores + head * LONE_KEYS + key - low, sums_of(parts[head]));
     }
 }
 
-/* Scores to weights in place; returns what their sum divides by. Places past the last key get weight zero. */
-INLINE float lone_softmax(float *scores, int64_t num_keys) {
-    vf best = all(HIDDEN);
+/* Scores of one head to weights in place; rescales what earlier keys have summed. Places past the last key get weight
+   zero. */
+INLINE void lone_softmax(const struct lone_query *q, int head) {
+    const int64_t dim = q->cache->head_dim, num_keys = q->high - q->low;
+    float *scores = q->scores + head * LONE_KEYS, *sums = q->sums + head * dim;
+    vf best = all(q->best[head]);
     for (int64_t key = num_keys; key % LANES; key++) scores[key] = HIDDEN;
     for (int64_t key = 0; key < num_keys; key += LANES) best = larger(load(scores + key), best);
-    const vf top = all(largest_lane(best));
+    const float now = largest_lane(best);
+    if (now != q->best[head]) {
+        const vf shrink = power_of_two(all(q->best[head] - now));
+        q->best[head] = now;
+        q->total[head] *= shrink[0];
+        for (int64_t column = 0; column < dim; column += LANES) store(sums + column, load(sums + column) * shrink);
+    }
     vf sum = {0};
     for (int64_t key = 0; key < num_keys; key += LANES) {
-        vf weight = power_of_two(load(scores + key) - top);
+        vf weight = power_of_two(load(scores + key) - now);
         store(scores + key, weight);
         sum += weight;
     }
-    return 1.0f / sum_lanes(sum);
+    q->total[head] += sum_lanes(sum);
 }
 
 /* `vectors` columns of all heads from `column` on. */
-INLINE void lone_mix_columns(const struct lone_query *q, int kind, int heads, int vectors, int64_t column, int64_t low,
-                             int64_t high, int64_t ld, const float *scale) {
-    const int64_t dim = q->cache->head_dim;
-    struct walk values = walk_from(q, 1, low, dim * (kind == KIND_FLOAT32 ? 4 : 2));
+INLINE void lone_mix_columns(const struct lone_query *q, int kind, int heads, int vectors, int64_t column) {
+    const int64_t dim = q->cache->head_dim, num_keys = q->high - q->low;
+    struct walk values = walk_from_low(q, 1, dim * (kind == KIND_FLOAT32 ? 4 : 2));
     vf sum[4 * 4];
-#pragma GCC unroll 16
-    for (int i = 0; i < heads * vectors; i++) sum[i] = (vf){0};
-    for (int64_t key = 0; key < high - low; key++) {
+#pragma GCC unroll 4
+    for (int head = 0; head < heads; head++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) sum[head * vectors + v] = load(q->sums + head * dim + column + v * LANES);
+    for (int64_t key = 0; key < num_keys; key++) {
         const char *row = next_row(&values);
         vf weight[4];
 #pragma GCC unroll 4
-        for (int head = 0; head < heads; head++) weight[head] = all(q->scores[head * ld + key]);
+        for (int head = 0; head < heads; head++) weight[head] = all(q->scores[head * LONE_KEYS + key]);
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) {
             const vf value = load_cached(kind, row, column + v * LANES);
@@ -175,43 +179,39 @@ INLINE void lone_mix_columns(const struct lone_query *q, int kind, int heads, in
 #pragma GCC unroll 4
     for (int head = 0; head < heads; head++)
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++)
-            store(q->out + head * dim + column + v * LANES, sum[head * vectors + v] * scale[head]);
+        for (int v = 0; v < vectors; v++) store(q->sums + head * dim + column + v * LANES, sum[head * vectors + v]);
 }
 
-INLINE void lone_mix(const struct lone_query *q, int kind, int heads, int64_t low, int64_t high, int64_t ld,
-                     const float *scale) {
+INLINE void lone_mix(const struct lone_query *q, int kind, int heads) {
     const int64_t dim = q->cache->head_dim;
     int64_t column = 0;
+    for (int head = 0; head < heads; head++) lone_softmax(q, head);
     if (heads < 4)
-        for (; column + 4 * LANES <= dim; column += 4 * LANES)
-            lone_mix_columns(q, kind, heads, 4, column, low, high, ld, scale);
-    for (; column + 2 * LANES <= dim; column += 2 * LANES)
-        lone_mix_columns(q, kind, heads, 2, column, low, high, ld, scale);
-    for (; column < dim; column += LANES) lone_mix_columns(q, kind, heads, 1, column, low, high, ld, scale);
+        for (; column + 4 * LANES <= dim; column += 4 * LANES) lone_mix_columns(q, kind, heads, 4, column);
+    for (; column + 2 * LANES <= dim; column += 2 * LANES) lone_mix_columns(q, kind, heads, 2, column);
+    for (; column < dim; column += LANES) lone_mix_columns(q, kind, heads, 1, column);
 }
 
-INLINE void lone_attend(const struct lone_query *q, int kind, int heads) {
-    const int64_t low = first_key(q->position, q->window), high = q->position + 1;
-    const int64_t ld = (high - low + 2 * LANES - 1) / LANES * LANES;
-    float scale[4];
-    lone_scores(q, kind, heads, low, high, ld);
-    for (int head = 0; head < heads; head++) scale[head] = lone_softmax(q->scores + head * ld, high - low);
-    lone_mix(q, kind, heads, low, high, ld, scale);
-}
-
-#define LONE(kind_name, kind, heads)                                                                            \
-    static __attribute__((noinline)) void lone_##kind_name##_##heads(const struct lone_query *q) {              \
-        lone_attend(q, kind, heads);                                                                            \
+#define LONE(what, kind_name, kind, heads)                                                                           \
+    static __attribute__((noinline)) void lone_##what##_##kind_name##_##heads(const struct lone_query *q) {          \
+        lone_##what(q, kind, heads);                                                                                 \
     }
-#define LONES(kind_name, kind)                                                                                  \
-    LONE(kind_name, kind, 1) LONE(kind_name, kind, 2) LONE(kind_name, kind, 3) LONE(kind_name, kind, 4)
-LONES(f32, KIND_FLOAT32)
-LONES(bf16, KIND_BFLOAT16)
-static void (*const LONE_OF[2][5])(const struct lone_query *) = {
-    {0, lone_f32_1, lone_f32_2, lone_f32_3, lone_f32_4},
-    {0, lone_bf16_1, lone_bf16_2, lone_bf16_3, lone_bf16_4},
-};
+#define LONES(what, kind_name, kind)                                                                                 \
+    LONE(what, kind_name, kind, 1)                                                                                   \
+    LONE(what, kind_name, kind, 2)                                                                                   \
+    LONE(what, kind_name, kind, 3)                                                                                   \
+    LONE(what, kind_name, kind, 4)
+#define LONE_TABLE(what)                                                                                             \
+    {                                                                                                                \
+        {0, lone_##what##_f32_1, lone_##what##_f32_2, lone_##what##_f32_3, lone_##what##_f32_4},                     \
+        {0, lone_##what##_bf16_1, lone_##what##_bf16_2, lone_##what##_bf16_3, lone_##what##_bf16_4},                 \
+    }
+LONES(scores, f32, KIND_FLOAT32)
+LONES(scores, bf16, KIND_BFLOAT16)
+LONES(mix, f32, KIND_FLOAT32)
+LONES(mix, bf16, KIND_BFLOAT16)
+static void (*const SCORES_OF[2][5])(const struct lone_query *) = LONE_TABLE(scores);
+static void (*const MIX_OF[2][5])(const struct lone_query *) = LONE_TABLE(mix);
 
 /* --- Several rows of one request ----------------------------------------------------------------------------------- */
 
@@ -322,7 +322,7 @@ static void attend_tile(const struct query_tile *q, char *out, int64_t out_bytes
         const float *from = q->queries + row / q->num_heads * q->row_stride + row % q->num_heads * dim;
         for (int64_t column = 0; column < dim; column += LANES)
             store_activation(kind, queries + row * dim * element, column, load(from + column));
-        best[row] = -1e20f;
+        best[row] = NO_SCORE;
         total[row] = 0;
     }
     memset(sums, 0, num_rows * dim * 4);

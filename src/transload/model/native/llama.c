@@ -330,25 +330,35 @@ static void pack_keys(void *context, int thread) {
     }
 }
 
-/* One row against the keys of [low_head, high_head). */
+/* One row against the keys of [low_head, high_head): all heads over some of the keys, then over the next. */
 static void attend_alone(struct runner *r, const struct span *span, int64_t low_head, int64_t high_head, char *scratch) {
     const struct model *m = r->model;
     const struct step *s = r->step;
-    const int64_t group = m->num_heads / m->num_kv_heads, dim = m->head_dim;
+    const int64_t group = m->num_heads / m->num_kv_heads, dim = m->head_dim, position = span->start;
     const int64_t width = (m->num_heads + 2 * m->num_kv_heads) * dim, row_bytes = m->num_heads * dim * element_bytes(m->kind);
-    float *out = (float *)scratch;
-    int64_t asked = high_head - low_head;
-    for (int64_t kv_head = low_head; kv_head < high_head; kv_head++)
-        for (int64_t head = 0; head < group; head += 4, asked = 0) {
-            const int64_t heads = group - head < 4 ? group - head : 4, first = kv_head * group + head;
-            const struct lone_query query = {
-                &s->cache, s->blocks + span->first_block, r->layer_number, kv_head, span->start, r->layer->window, asked,
-                r->qkv + span->first_row * width + first * dim, out, out + 4 * dim};
-            LONE_OF[m->kind][heads](&query);
-            char *to = r->mixed + span->first_row * row_bytes;
-            for (int64_t i = 0; i < heads * dim; i += LANES)
-                store_activation(m->kind, to, first * dim + i, load(out + i));
-        }
+    const int64_t first = low_head * group, num_heads = (high_head - low_head) * group;
+    float *sums = (float *)scratch, *best = sums + num_heads * dim, *total = best + num_heads, *scores = total + num_heads;
+    memset(sums, 0, num_heads * dim * 4);
+    for (int64_t head = 0; head < num_heads; head++) best[head] = NO_SCORE, total[head] = 0;
+    struct lone_query q = {&s->cache, s->blocks + span->first_block, r->layer_number};
+    for (q.low = first_key(position, r->layer->window); q.low <= position; q.low = q.high) {
+        q.high = (q.low / LONE_KEYS + 1) * LONE_KEYS <= position ? (q.low / LONE_KEYS + 1) * LONE_KEYS : position + 1;
+        for (int mixes = 0; mixes < 2; mixes++)
+            for (int64_t head = 0, heads; head < num_heads; head += heads) {
+                const int64_t left = group - head % group;
+                heads = left < 4 ? left : 4;
+                q.kv_head = low_head + head / group;
+                q.queries = r->qkv + span->first_row * width + (first + head) * dim;
+                q.sums = sums + head * dim, q.best = best + head, q.total = total + head;
+                q.scores = scores + head * LONE_KEYS;
+                (mixes ? MIX_OF : SCORES_OF)[m->kind][heads](&q);
+            }
+    }
+    char *to = r->mixed + span->first_row * row_bytes;
+    for (int64_t head = 0; head < num_heads; head++)
+        for (int64_t column = 0; column < dim; column += LANES)
+            store_activation(m->kind, to, (first + head) * dim + column,
+                             load(sums + head * dim + column) * (1.0f / total[head]));
 }
 
 static void attend_together(struct runner *r, const struct span *span, int64_t kv_head, int64_t low, int64_t high,
@@ -402,17 +412,16 @@ static void attend_kept(void *context, int thread) {
     attend_spans(r, thread, r->step->kept_spans, r->step->num_kept);
 }
 
-/* Room for the packed keys of a step, and for the scores of its longest row. */
+/* Room for the packed keys of a step, and for the scores and sums of a row. */
 static int reserve_attention(struct runner *r, const struct step *s, struct span *spans) {
-    int64_t chunks = 0, longest = 0;
+    int64_t chunks = 0;
     for (int64_t i = 0; i < s->num_spans; i++) {
         const int64_t end = spans[i].start + spans[i].num_rows;
-        longest = end > longest ? end : longest;
         if (spans[i].num_rows == 1) continue;
         spans[i].packed = chunks;
         chunks += (end - 1) / CHUNK_KEYS + 1;
     }
-    const int64_t alone = (4 * r->model->head_dim + 4 * (longest + 2 * LANES)) * 4;
+    const int64_t alone = r->model->num_heads * (r->model->head_dim + 2 + LONE_KEYS) * 4;
     const int64_t together = tile_scratch_bytes(&s->cache), wanted = (alone > together ? alone : together) + 63;
     if (r->capacity_scratch < wanted) {
         free(r->scratch);
