@@ -29,7 +29,7 @@ def interference(result: dict[str, Any]) -> str:
         "contexts are longer. The worst gap and the mean one are over what the same streams take alone at that "
         "context.\n\n"
     )
-    columns = ["setup", "alone p50, before / after", "disturbed p50 / p99 / max", "worst gap", "mean gap", "prompt's TTFT, s"]
+    columns = ["setup", "alone p50", "disturbed p50 / p99 / max", "worst gap", "mean gap", "TTFT of prompts, s"]
     return text + table(columns, rows) + origin(result)
 
 
