@@ -50,7 +50,7 @@ FROZEN = {
     ),
     "validate": (
         "CASES --again --as-calibrated --chip --cv --html --input --json --load --model --output --rate --repeats "
-        "--requests --seed --shrink --speedup --trace"
+        "--requests --seconds --seed --shrink --speedup --trace"
     ),
     "report": "--csv --event-log --html --perfetto --title RESULTS",
 }

@@ -51,6 +51,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     load.add_argument("--shrink", type=int, default=1, metavar="N", help="with --trace: divide its lengths by N")
     load.add_argument("--speedup", type=float, default=1.0, metavar="X", help="with --trace: play X times as fast")
     load.add_argument("--requests", type=int, default=60, metavar="N", help="default 60")
+    load.add_argument(
+        "--seconds", type=float, metavar="S", help="as many requests as come in S seconds at each rate, instead"
+    )
     load.add_argument("--input", type=int, default=128, metavar="TOKENS", help="median prompt length (default 128)")
     load.add_argument("--output", type=int, default=48, metavar="TOKENS", help="median output length (default 48)")
     load.add_argument("--cv", type=float, default=0.5, help="spread of both lengths (default 0.5)")
@@ -83,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
         return _again(args)
     if args.repeats < 1:
         raise DeploymentError(f"--repeats {args.repeats}: want 1 or more")
+    if args.seconds is not None and (args.seconds <= 0 or args.trace is not None):
+        raise DeploymentError(f"--seconds {args.seconds:g}: want more than 0, and no --trace, which has its own length")
     workload = None
     if args.trace is not None:
         from transload.study.traces import Window, find_trace, open_trace
@@ -94,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
         rates=tuple(args.rate or ()),
         workload=workload,
         num_requests=args.requests,
+        load_seconds=args.seconds,
         num_input=args.input,
         num_output=args.output,
         cv=args.cv,

@@ -44,6 +44,9 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     workload: Workload | None = None
     """Instead of both: a trace."""
     num_requests: int = 60
+    """Of each load."""
+    load_seconds: float | None = None
+    """As many requests instead as come in about so long: near saturation, where they hang on each other, more."""
     num_input: int = 128
     num_output: int = 48
     cv: float = 0.5
@@ -198,7 +201,9 @@ def _workloads(
                     arrivals=Poisson(rate),
                     input=LogNormal(float(load.num_input), load.cv),
                     output=LogNormal(float(load.num_output), load.cv),
-                    num_requests=load.num_requests,
+                    num_requests=load.num_requests
+                    if load.load_seconds is None
+                    else max(1, round(rate * load.load_seconds)),
                     seed=load.seed + number + repeat * len(wanted),
                 )
             ),
