@@ -3,6 +3,9 @@
     python scripts/compile.py [--to build/compiled]
     PYTHONPATH=build/compiled python -m transload simulate ...
 
+    python scripts/compile.py --with-checks
+    PYTHONPATH=build/compiled python scripts/torture.py ...
+
 Makes a copy of the package in which the modules below are compiled by mypyc (it comes with mypy; a C compiler and
 Python's headers have to be there). What the copy computes is what the plain package computes, bit for bit. Nothing
 else looks at the copy: who does not put it on the path runs the plain modules.
@@ -47,6 +50,8 @@ MODULES = (
     "study/schedule.py",
 )
 """Where a simulation spends its time. Messages stay as they are: msgspec has made them of C already."""
+CHECKS = ("tests/invariants.py", "tests/kv_contents.py", "tests/world.py")
+"""What looks at the machines after every event of a schedule of faults."""
 SETUP = """
 import sys
 from mypyc.build import mypycify
@@ -64,11 +69,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--to", type=Path, default=ROOT / "build" / "compiled")
     parser.add_argument("--quick", action="store_true", help="compile in half the time to something slower, to try it")
+    parser.add_argument("--with-checks", action="store_true", help="and what scripts/torture.py checks with")
     arguments = parser.parse_args()
     target = arguments.to.resolve()
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(ROOT / "src" / "transload", target / "transload", ignore=shutil.ignore_patterns("__pycache__"))
     files = [f"transload/{module}" for module in MODULES]
+    if arguments.with_checks:
+        shutil.copytree(ROOT / "tests", target / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        files += CHECKS
     environment = {**os.environ, "PYTHONPATH": str(target), "MYPYPATH": str(target)}
     subprocess.run(
         [sys.executable, "-c", SETUP, "0" if arguments.quick else "2", *files], cwd=target, env=environment, check=True

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT))  # behind a compiled copy, if one is on the path
 
 import msgspec  # noqa: E402 - the tests are found from here only
 from tests import afd_world  # noqa: E402
