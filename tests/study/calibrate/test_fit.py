@@ -134,3 +134,12 @@ def test_one_point_is_a_constant() -> None:
         decode=(DecodePoint(requests=1, fixed_seconds=0.02, context_token_seconds=0.0),),
     )
     assert MeasuredStepCost(lone).step_seconds(StepShape(((0, 500),))) == 0.1
+
+
+def test_prompts_that_share_a_step_do_not_attend_to_each_other() -> None:
+    """What grows with the square of a prompt's length grows with each by itself; what a step costs comes once."""
+    points = ((16, 0.06), (128, 0.39), (512, 1.755))
+    cost = MeasuredStepCost(section(prefill=tuple(PrefillPoint(tokens=n, seconds=seconds) for n, seconds in points)))
+    assert cost.step_seconds(StepShape(((0, 512),))) == pytest.approx(1.755)
+    assert cost.step_seconds(StepShape(((0, 128),) * 4)) == pytest.approx(4 * 0.39)
+    assert cost.step_seconds(StepShape(((0, 1),) * 16)) == pytest.approx(0.06)

@@ -56,10 +56,18 @@ class MeasuredStepCost:
         if not shape.prefill:
             return decode
         before = sum(start * num_tokens for start, num_tokens in shape.prefill)
-        prompts = along(self._prefill, shape.num_prefill_tokens) + before * self.measured.prefill_context_seconds
+        prompts = self._prompts_seconds(shape) + before * self.measured.prefill_context_seconds
         gap = self.measured.step_gap_seconds
         mixed = self.measured.mixed_share * max(0.0, decode - gap)
         return prompts * self.measured.serving.prefill + mixed + gap
+
+    def _prompts_seconds(self, shape: StepShape) -> float:
+        """Points are of one prompt each. Several attend each to itself alone: they take no longer together than one
+        after another, and no longer than one of all their tokens, which reads the weights once."""
+        together = along(self._prefill, shape.num_prefill_tokens)
+        if len(shape.prefill) == 1:
+            return together
+        return min(together, sum([along(self._prefill, num_tokens) for _, num_tokens in shape.prefill]))
 
 
 class MeasuredCost(MeasuredStepCost):
