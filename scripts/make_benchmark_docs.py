@@ -26,6 +26,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "validation-afd.json": simulated.split_validation,
     "engine.json": engine.engine,
     "start.json": serving.start,
+    "split_peer.json": serving.split_peer,
     "interference.json": serving.interference,
     "poisson.json": serving.poisson,
     "overload.json": endurance.overload,

