@@ -258,7 +258,7 @@ def prepared(folder: Path, whole: Path) -> None:
 async def load(system: System, rounds: int) -> Figures:
     """Tokens a second: of the fastest prompt, and of each batch's fastest window."""
     from transload.study.answers import StreamedAnswer
-    from transload.study.http_client import HttpClient, parse_url
+    from transload.study.http_client import ConnectFailed, ConnectionBroke, HttpClient, NotHttp, parse_url
 
     client = HttpClient(parse_url(f"http://127.0.0.1:{system.port}"))
     seeds = itertools.count(1)
@@ -269,8 +269,11 @@ async def load(system: System, rounds: int) -> Figures:
         body = {"model": "default", "prompt": prompt, "max_tokens": num_output, "temperature": 0, "stream": True}
         body |= {"ignore_eos": True, **system.extra}
         sent = asyncio.get_running_loop().time()
-        async with asyncio.timeout(ANSWER_SECONDS):
-            await client.exchange("POST", "/v1/completions", json.dumps(body).encode(), answer)
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await client.exchange("POST", "/v1/completions", json.dumps(body).encode(), answer)
+        except (ConnectFailed, ConnectionBroke, NotHttp) as problem:
+            raise Left(str(problem)) from problem
         answer.finish()
         if answer.error:
             raise Left(f"{answer.error}: {answer.error_detail}")
@@ -328,8 +331,8 @@ def run(name: str, running: Callable[[], Any], rounds: int) -> dict[str, Any]:
         system.tend()
         try:
             rates = asyncio.run(load(system, rounds)) if rounds else {}
-        except (OSError, TimeoutError) as problem:
-            raise Left(f"{type(problem).__name__}: {problem}") from problem
+        except TimeoutError as problem:
+            raise Left(f"no answer within {ANSWER_SECONDS:g} s") from problem
         memory = sum(program.memory_bytes() for program in system.programs)
         fetched = fetched_tokens(system.servers[-1]) if len(system.servers) > 1 else None
     row = {"system": name, **rates, "start": round(seconds, 2), "memory": memory}
@@ -346,7 +349,7 @@ def fetched_tokens(port: int) -> int:
 
 
 def ratios(runs: Sequence[dict[str, Any]]) -> dict[str, Figures]:
-    """Of each peer: how many times it Transload is (rates), or how many times Transload it takes (start, memory).
+    """For each peer: Transload's rates in units of its own, its start and memory in units of Transload's.
 
     Transload's figure is the mean of its runs right before and after the peer's.
     """
@@ -354,14 +357,12 @@ def ratios(runs: Sequence[dict[str, Any]]) -> dict[str, Figures]:
     for place, peer in enumerate(runs):
         if peer["system"] not in PEERS:
             continue
-        for ours in dict.fromkeys(each["system"] for each in runs if each["system"] not in PEERS):
-            mine = [(abs(at - place), each) for at, each in enumerate(runs) if each["system"] == ours]
-            before = [each for distance, each in sorted(mine, key=lambda pair: pair[0])][:2]
-            times: Figures = {}
-            for what in WANTED:
-                value = statistics.mean(each[what] for each in before)
-                times[what] = round(peer[what] / value if what in ("start", "memory") else value / peer[what], 2)
-            found[f"{ours} / {peer['system']}"] = times
+        beside = [run for run in (runs[:place][-1:] + runs[place + 1 :][:1]) if run["system"] == OURS]
+        times: Figures = {}
+        for what in WANTED if beside else ():
+            ours = statistics.mean(run[what] for run in beside)
+            times[what] = round(peer[what] / ours if what in ("start", "memory") else ours / peer[what], 2)
+        found[f"{OURS} / {peer['system']}"] = times
     return found
 
 
