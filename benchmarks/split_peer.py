@@ -358,8 +358,10 @@ def ratios(runs: Sequence[dict[str, Any]]) -> dict[str, Figures]:
         if peer["system"] not in PEERS:
             continue
         beside = [run for run in (runs[:place][-1:] + runs[place + 1 :][:1]) if run["system"] == OURS]
+        if not beside:
+            continue
         times: Figures = {}
-        for what in WANTED if beside else ():
+        for what in WANTED:
             ours = statistics.mean(run[what] for run in beside)
             times[what] = round(peer[what] / ours if what in ("start", "memory") else ours / peer[what], 2)
         found[f"{OURS} / {peer['system']}"] = times
