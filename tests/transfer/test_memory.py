@@ -46,6 +46,19 @@ def test_a_pool_that_nobody_maps_takes_memory_as_it_is_used() -> None:
 
 
 @linux
+def test_a_pool_that_no_peer_writes_to_takes_memory_as_it_is_used_mapped_by_a_peer_or_not() -> None:
+    memory = KvMemory(SMALL, 2**28 // SMALL.block_bytes, with_windows=True, resident=False)
+    assert memory.fd is not None
+    peer = PeerMemory(os.dup(memory.fd), SMALL, memory.num_blocks)
+    assert os.fstat(memory.fd).st_blocks == 0
+    peer.buffer[-1] = 7
+    assert memory.buffer[-1] == 7
+    assert 0 < os.fstat(memory.fd).st_blocks * 512 < 2**24
+    peer.close()
+    memory.close()
+
+
+@linux
 def test_a_pool_cannot_change_its_size_under_a_peer() -> None:
     memory = KvMemory(SMALL, 10)
     assert memory.fd is not None

@@ -42,7 +42,13 @@ def build_executor(plan: WorkerPlan) -> tuple[TorchExecutor, KvMemory, TorchFfnS
     give_back_memory()
     layout = kv_layout(files.arch, files.identity, plan.block_size, plan.dtype)
     works_in_place = plan.device == "cpu" and not {"auto", "direct"}.isdisjoint(plan.transports.values())
-    memory = KvMemory(layout, plan.num_blocks, with_windows=works_in_place, shared=bool(plan.links))
+    memory = KvMemory(
+        layout,
+        plan.num_blocks,
+        with_windows=works_in_place,
+        shared=bool(plan.links),
+        resident=plan.role != "prefill",  # which sends and is never sent to
+    )
     memory.kernels = native_library()
     executor = TorchExecutor(
         model,

@@ -24,6 +24,7 @@ _PRIVATE_NOWHERE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESER
 _FIXED = 0x10  # MAP_FIXED: takes the place of what is mapped there, in one move
 _NO_ACCESS = 0
 _FAILED = ctypes.c_void_p(-1).value
+_STAT_BLOCK_BYTES = 512
 
 
 class Window:
@@ -111,8 +112,14 @@ class Arena:
 
     @staticmethod
     def _map_pool(address: int, size_bytes: int, fd: int) -> None:
-        kind = mmap.MAP_SHARED | mmap.MAP_POPULATE | _FIXED
-        _map(address, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE, kind, fd)
+        _map(address, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE, kind_of_mapping(fd) | _FIXED, fd)
+
+
+def kind_of_mapping(fd: int) -> int:
+    """How to map a pool: with all of its pages at once if they are there; those that are not come as they are used."""
+    status = os.fstat(fd)
+    is_resident = status.st_blocks * _STAT_BLOCK_BYTES >= status.st_size
+    return mmap.MAP_SHARED | (mmap.MAP_POPULATE if is_resident else 0)
 
 
 def memory_at(address: int, size_bytes: int) -> memoryview:

@@ -13,7 +13,7 @@ import stat
 import sys
 
 from transload.errors import HandoffError, MachineError
-from transload.transfer.arena import Arena, Window
+from transload.transfer.arena import Arena, Window, kind_of_mapping
 from transload.transfer.cells import CellKernels
 from transload.transfer.layout import KvLayout
 
@@ -28,10 +28,19 @@ class KvMemory:
 
     `with_windows`: make room for the pools of peers beside it, if the system has addresses for that; then steps work in
     `table`. One that is not `shared` has no peers: it takes memory as it is used, in large pages where the kernel has
-    some. Raises `MachineError` if the machine has not that much memory.
+    some. One that is not `resident` takes memory as it is used too: no peer writes there. Raises `MachineError` if the
+    machine has not that much memory.
     """
 
-    def __init__(self, layout: KvLayout, num_blocks: int, *, with_windows: bool = False, shared: bool = True) -> None:
+    def __init__(
+        self,
+        layout: KvLayout,
+        num_blocks: int,
+        *,
+        with_windows: bool = False,
+        shared: bool = True,
+        resident: bool = True,
+    ) -> None:
         if num_blocks < 1:
             raise MachineError(f"a KV pool needs at least one block, got num_blocks={num_blocks}")
         self.layout = layout
@@ -51,7 +60,7 @@ class KvMemory:
         """Where the pools of peers are to be found beside this one; None: nowhere."""
         self._mapping: mmap.mmap | None = None
         try:
-            self._buffer = self._map(with_windows) if shared else self._map_alone()
+            self._buffer = self._map(with_windows, resident) if shared else self._map_alone()
         except (OSError, ValueError, OverflowError) as error:
             self._close_fd()
             raise MachineError(
@@ -59,13 +68,16 @@ class KvMemory:
                 f"({self.size_bytes / 2**20:.0f} MiB): {error}; ask for fewer blocks"
             ) from error
 
-    def _map(self, with_windows: bool) -> memoryview:
+    def _map(self, with_windows: bool, resident: bool) -> memoryview:
         if sys.platform != "linux":
             self._mapping = mmap.mmap(-1, self.size_bytes)
             return memoryview(self._mapping)
         self._fd = os.memfd_create("transload-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        # Allocates every page now: a full machine is an error here and not a SIGBUS in the middle of a step.
-        os.posix_fallocate(self._fd, 0, self.size_bytes)
+        if resident:
+            # Allocates every page now: a full machine is an error here and not a SIGBUS in the middle of a step.
+            os.posix_fallocate(self._fd, 0, self.size_bytes)
+        else:
+            os.ftruncate(self._fd, self.size_bytes)
         # A peer that maps this relies on its size, as we rely on the size of the peer's.
         fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SIZE_SEALS | fcntl.F_SEAL_SEAL)
         if with_windows:
@@ -75,12 +87,12 @@ class KvMemory:
                 pass  # a limit on addresses: cells are copied then
             else:
                 return self.arena.buffer[: self.size_bytes]
-        self._mapping = mmap.mmap(self._fd, self.size_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        self._mapping = mmap.mmap(self._fd, self.size_bytes, kind_of_mapping(self._fd))
         return memoryview(self._mapping)
 
     def _map_alone(self) -> memoryview:
         if sys.platform != "linux":
-            return self._map(False)
+            return self._map(False, resident=True)
         self._mapping = mmap.mmap(-1, self.size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):  # a kernel without large pages
             self._mapping.madvise(mmap.MADV_HUGEPAGE)
@@ -134,7 +146,7 @@ class PeerMemory:
             if arena is not None:
                 self.window = arena.open_window(fd, num_blocks)
             if self.window is None:
-                self._mapping = mmap.mmap(fd, size_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+                self._mapping = mmap.mmap(fd, size_bytes, kind_of_mapping(fd))
         except (OSError, ValueError) as error:
             raise HandoffError(f"cannot map the peer's KV pool of {size_bytes} bytes: {error}") from error
         finally:
