@@ -20,7 +20,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from typing import Any
@@ -91,12 +91,14 @@ class CountingStream:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def __aiter__(self) -> AsyncIterator[list[Token] | Finished]:
-        while True:
-            while self._ready:
-                yield self._ready.pop(0)
+    def __aiter__(self) -> CountingStream:
+        return self
+
+    async def __anext__(self) -> list[Token] | Finished:
+        while not self._ready:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
+        return self._ready.pop(0)
 
     def stop(self) -> None:
         self.cancel()

@@ -3,7 +3,8 @@
     python benchmarks/start.py [--repeat 5] [--topologies 1agg 1p1d] [--cores 2] [--out start.json]
 
 `transload serve` is started on as many cores, its port is asked until it answers, and one short request is streamed.
-Memory is the proportional set size of every process when the token has come: pages that processes share count once.
+Processor time and memory are those of every process when the token has come; memory is the proportional set size:
+pages that processes share count once.
 The size of the installation is that of the distributions that Transload needs, with what they need; a build of the
 kernels is timed into an empty folder.
 """
@@ -55,11 +56,15 @@ def main() -> None:
             "topology": topology,
             "seconds": {"min": min(seconds), "median": statistics.median(seconds), "max": max(seconds)},
             "cpu_seconds": min(run["cpu_seconds"] for run in runs),
+            "cpu_seconds_by_process": {
+                name: min(run["cpu_seconds_by_process"][name] for run in runs)
+                for name in runs[0]["cpu_seconds_by_process"]
+            },
             "memory_bytes": runs[-1]["memory_bytes"],
         }
         print(json.dumps(row), flush=True)
         rows.append(row)
-    report = {
+    report: dict[str, Any] = {
         "benchmark": "start",
         "cores": len(cores),
         "rows": rows,
@@ -87,13 +92,18 @@ def once(topology: str) -> dict[str, Any]:
         try:
             first_token(port, process)
             seconds = time.perf_counter() - started
-            memory = dict(memory_of(process.pid))
+            cpu_by_process, memory = usage_below(process.pid)
         finally:
             process.terminate()
             process.wait(60)
     after = os.times()
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return {"seconds": round(seconds, 3), "cpu_seconds": round(cpu, 3), "memory_bytes": memory}
+    return {
+        "seconds": round(seconds, 3),
+        "cpu_seconds": round(cpu, 3),
+        "cpu_seconds_by_process": cpu_by_process,
+        "memory_bytes": memory,
+    }
 
 
 def first_token(port: int, process: subprocess.Popen[bytes]) -> None:
@@ -115,17 +125,34 @@ def first_token(port: int, process: subprocess.Popen[bytes]) -> None:
             time.sleep(POLL_SECONDS)
 
 
-def memory_of(root: int) -> list[tuple[str, int]]:
-    """Name and proportional set size of a process and all below it."""
-    found = []
+def usage_below(root: int) -> tuple[dict[str, float], dict[str, int]]:
+    """Processor seconds up to now and proportional set size of a process and all below it, by name."""
+    seconds, memory = {}, {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit() and is_below(int(folder.name), root):
-            words = (folder / "cmdline").read_text().split("\0")
-            name = words[words.index("--name") + 1] if "--name" in words else "server"
+            name = name_of_process(folder, root)
+            user, system = (int(word) for word in stat_of(folder)[11:13])
+            seconds[name] = (user + system) / os.sysconf("SC_CLK_TCK")
             pss = re.search(r"^Pss:\s+(\d+) kB", (folder / "smaps_rollup").read_text(), re.MULTILINE)
             assert pss is not None
-            found.append((name, int(pss[1]) * 1024))
-    return sorted(found)
+            memory[name] = int(pss[1]) * 1024
+    return dict(sorted(seconds.items())), dict(sorted(memory.items()))
+
+
+def name_of_process(folder: Path, root: int) -> str:
+    """Of a worker its name, which is its process's too."""
+    if folder.name == str(root):
+        return "server"
+    return "fork server" if parent_of(folder) == root else (folder / "comm").read_text().strip()
+
+
+def stat_of(folder: Path) -> list[str]:
+    """What /proc/PID/stat says behind the name."""
+    return (folder / "stat").read_text().rpartition(")")[2].split()
+
+
+def parent_of(folder: Path) -> int:
+    return int(stat_of(folder)[1])
 
 
 def is_below(pid: int, root: int) -> bool:
@@ -133,10 +160,9 @@ def is_below(pid: int, root: int) -> bool:
         if pid == root:
             return True
         try:
-            stat = Path(f"/proc/{pid}/stat").read_text()
+            pid = parent_of(Path(f"/proc/{pid}"))
         except OSError:
             return False
-        pid = int(stat.rpartition(")")[2].split()[1])
     return False
 
 

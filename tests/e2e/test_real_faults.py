@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
+import psutil
 import pytest
 
 from tests.e2e.disturbing import PROMPTS, Load, all_ready, ask, disturb, holdings, judge, undisturbed
@@ -90,10 +91,11 @@ def small_disk(folder: Path) -> Iterator[Path]:
 
 
 def limit_file_size(server: LiveServer, num_bytes: int) -> None:
-    """Of the server's process and all it starts from now on: where no file of that size can be, no memory can be
-    shared either, as if there were none left."""
-    hard = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)[1]
-    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (num_bytes, hard))
+    """Of the server's processes but the workers, and of all they start from now on: where no file of that size can be,
+    no memory can be shared either, as if there were none left."""
+    for process in (psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children()):
+        hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (num_bytes, hard))
 
 
 def test_without_disk_or_shared_memory_the_server_goes_on_and_comes_back(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import closing
 from pathlib import Path
 
 from transload.cli.deployment_flags import add_deployment_flags, resolve_flags
@@ -30,6 +31,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Exit code: 0 after a clean end; errors are raised."""
     deployment = resolve_flags(args)
-    from transload.server.launch import serve
+    from transload.runtime.forks import worker_processes
 
-    return serve(deployment, ask=args.ask, once=args.once, event_log=args.event_log)
+    with closing(worker_processes()) as processes:
+        if any(pool.start == "here" for pool in deployment.pools):
+            processes.begin()  # imports torch elsewhere, while this process imports the rest
+        from transload.server.launch import serve
+
+        return serve(deployment, processes, ask=args.ask, once=args.once, event_log=args.event_log)

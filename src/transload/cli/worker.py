@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 
 
@@ -22,9 +23,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code of the worker."""
+    from transload.runtime.wire import JOIN_TOKEN
     from transload.runtime.worker import main
 
-    return main(args.join, args.name)
+    return main(args.join, args.name, os.environ.pop(JOIN_TOKEN, ""))
 
 
 def _address(text: str) -> str:

@@ -23,7 +23,7 @@ LINK_SECONDS = 30.0
 SWITCH_SECONDS = 300.0
 """Loading weights takes as long as starting does."""
 
-Launch = Callable[[WorkerId], Awaitable[RemoteWorker]]
+Launch = Callable[[WorkerId], Awaitable[None]]
 
 
 class FfnMove:
@@ -68,7 +68,7 @@ class FfnMove:
         plans = {name: self._pools.with_loads(wanted[name]) for name in names}  # all at once: they must agree
         for name in names:
             self._plans[name] = plans[name]
-            self._remotes[name] = await self._launch(name)
+            await self._launch(name)
 
         def are_ready() -> bool:
             for name in names:

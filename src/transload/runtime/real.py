@@ -11,7 +11,7 @@ import os
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from transload.control.controller import Controller, ControllerConfig
@@ -45,6 +45,8 @@ from transload.runtime.base import Finished, ServedModel, Waterfall
 from transload.runtime.event_log import EventLog
 from transload.runtime.ffn_move import FfnMove
 from transload.runtime.ffn_pools import FfnObserver, FfnPools
+from transload.runtime.forks import worker_processes
+from transload.runtime.processes import Processes
 from transload.runtime.records import waterfall
 from transload.runtime.remote import RemoteWorker
 from transload.runtime.wire import JOIN_TOKEN, Assign, ConnectPeer, LinkState, Ready, Report
@@ -63,6 +65,7 @@ class LiveStream:
         self._runtime = runtime
         self._tokens: list[Token] = []
         self._finished: Finished | None = None
+        self._is_over = False
         self._news = asyncio.Event()
 
     def put(self, token: Token) -> None:
@@ -73,16 +76,22 @@ class LiveStream:
         self._finished = finished
         self._news.set()
 
-    async def __aiter__(self) -> AsyncIterator[list[Token] | Finished]:
-        while True:
-            await self._news.wait()
+    def __aiter__(self) -> LiveStream:
+        return self
+
+    async def __anext__(self) -> list[Token] | Finished:
+        # No generator: one that is left at its last item costs a task and a wake-up to end.
+        while not self._tokens and self._finished is None and not self._is_over:
             self._news.clear()
-            if self._tokens:
-                tokens, self._tokens = self._tokens, []
-                yield tokens
-            if self._finished is not None and not self._tokens:
-                yield self._finished
-                return
+            await self._news.wait()
+        if self._tokens:
+            tokens, self._tokens = self._tokens, []
+            return tokens
+        finished, self._finished = self._finished, None
+        if finished is None:
+            raise StopAsyncIteration
+        self._is_over = True
+        return finished
 
     def stop(self) -> None:
         self._runtime.tell(Cancelled(self.request_id, "stop"))
@@ -100,12 +109,14 @@ class RealRuntime:
         placement: Placement,
         config: ControllerConfig,
         *,
+        processes: Processes | None = None,
         join: tuple[str, int] = ("127.0.0.1", 0),
         event_log: Path | None = None,
     ) -> None:
-        """`join`: address and port where workers join."""
+        """`join`: address and port where workers join. `processes`: where theirs come from, closed with this."""
         self.model = model
         self._join = join
+        self._processes = processes or worker_processes()
         self.controller = Controller(config)
         self._placement = placement
         self._origin = placement.deployment
@@ -195,7 +206,7 @@ class RealRuntime:
             except DeploymentError as error:
                 raise RequestError(str(error), param="topology", code="invalid_split") from None
             started = time.monotonic()
-            move = FfnMove(self._ffn_pools, self._plans, self._remotes, self._launch_first, self._changed)
+            move = FfnMove(self._ffn_pools, self._plans, self._remotes, self._launch, self._changed)
             try:
                 await move.run({WorkerId(plan.name): plan for plan in placement.workers})
             except WorkerLost as error:
@@ -285,12 +296,15 @@ class RealRuntime:
             listening()
         try:
             for name in self._plans:
-                self._remotes[name] = await self._launch(name, 1)
+                await self._launch(name)
             async with asyncio.timeout(START_SECONDS):
                 await self._all_ready()
         except TimeoutError:
             await self.close()
             raise WorkerLost(f"the workers did not get ready within {START_SECONDS:g} s") from None
+        except OSError as error:
+            await self.close()
+            raise WorkerLost(f"no process for a worker: {error}") from error
         except BaseException:
             await self.close()
             raise
@@ -311,10 +325,12 @@ class RealRuntime:
         host, port = self._server.sockets[0].getsockname()[:2]
         return host, port
 
-    async def _launch(self, name: WorkerId, incarnation: int) -> RemoteWorker:
-        remote = RemoteWorker(
+    async def _launch(self, name: WorkerId, incarnation: int = 1) -> None:
+        """Start a worker. It is known before its process is: it may join before we hear that there is one."""
+        remote = self._remotes[name] = RemoteWorker(
             self._plans[name],
             incarnation,
+            processes=self._processes,
             token=self._token,
             link_secret=self._link_secret,
             event_log=self._event_log,
@@ -325,10 +341,6 @@ class RealRuntime:
             on_gone=self._gone,
         )
         await remote.start(self.join_address)
-        return remote
-
-    async def _launch_first(self, name: WorkerId) -> RemoteWorker:
-        return await self._launch(name, 1)
 
     def _accept(self) -> asyncio.Protocol:
         return RemoteWorker.greet(self._token, self._remotes)
@@ -432,7 +444,7 @@ class RealRuntime:
 
         async def launch() -> None:
             try:
-                self._remotes[name] = await self._launch(name, incarnation)
+                await self._launch(name, incarnation)
             except OSError as error:  # no memory for a process, no file left: as if it had died at once
                 self._gone(self._remotes[name], f"its process could not be started: {error}")
 
@@ -469,6 +481,7 @@ class RealRuntime:
             task.cancel()
         await asyncio.gather(*self._restarts, return_exceptions=True)
         await asyncio.gather(*(remote.stop() for remote in self._remotes.values()))
+        self._processes.close()
         if self._log is not None:
             self._log.close()
             self._log = None

@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import os
 import secrets
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from transload.control.messages import Message, WorkerId
 from transload.deploy.plan import WorkerPlan
+from transload.runtime.processes import Process, Processes
 from transload.runtime.wire import (
     JOIN_SECONDS,
-    JOIN_TOKEN,
     Alive,
     Challenge,
     Failed,
@@ -51,6 +49,7 @@ class RemoteWorker:
         plan: WorkerPlan,
         incarnation: int,
         *,
+        processes: Processes,
         token: str,
         link_secret: bytes,
         event_log: Path | None,
@@ -66,6 +65,7 @@ class RemoteWorker:
         self.ready: Ready | None = None
         self.failure: str | None = None
         self.link_problem: str | None = None
+        self._processes = processes
         self._token = token
         self._welcome = Welcome(plan, incarnation, link_secret, str(event_log) if event_log is not None else None)
         self._on_ready = on_ready
@@ -73,7 +73,7 @@ class RemoteWorker:
         self._on_link = on_link
         self._on_ffn = on_ffn
         self._on_gone = on_gone
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: Process | None = None
         self._wire: Wire[ToFrontEndFrame] | None = None
         self._heard_at = time.monotonic()
         self._gone = False
@@ -82,16 +82,9 @@ class RemoteWorker:
     async def start(self, join: tuple[str, int]) -> None:
         """Start the process, unless somebody else does; it joins on its own. Raises `OSError` if there can be none."""
         if self.plan.starts_here:
-            await self._start_process(join)
+            self._process = await self._processes.start(f"{join[0]}:{join[1]}", self.name, self._token)
+            self._tasks.append(asyncio.create_task(self._watch_process(self._process)))
         self._tasks.append(asyncio.create_task(self._watch_silence()))
-
-    async def _start_process(self, join: tuple[str, int]) -> None:
-        environment = {**os.environ, JOIN_TOKEN: self._token, "OMP_NUM_THREADS": str(self.plan.threads)}
-        arguments = ["-m", "transload", "worker", "--join", f"{join[0]}:{join[1]}", "--name", self.name]
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable, *arguments, env=environment, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
-        )
-        self._tasks.append(asyncio.create_task(self._watch_process()))
 
     @staticmethod
     def greet(token: str, remotes: Mapping[WorkerId, RemoteWorker]) -> asyncio.Protocol:
@@ -160,16 +153,13 @@ class RemoteWorker:
 
     def kill(self) -> None:
         """End the process at once, or its connection if it is not ours."""
-        if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-        elif self._process is None and self._wire is not None:
+        if self._process is not None:
+            self._process.kill()
+        elif self._wire is not None:
             self._wire.close("given up")
 
-    async def _watch_process(self) -> None:
-        assert self._process is not None
-        code = await self._process.wait()
-        reason = f"its process was killed by signal {-code}" if code < 0 else f"its process exited with code {code}"
+    async def _watch_process(self, process: Process) -> None:
+        reason = f"its process {await process.ended()}"
         if self.ready is None and self.incarnation == 1 and self.failure is None:
             self.failure = reason
         self._lost(reason)
@@ -191,10 +181,12 @@ class RemoteWorker:
                 self.kill()
             try:
                 async with asyncio.timeout(STOP_SECONDS):
-                    await self._process.wait()
+                    await self._process.ended()
             except TimeoutError:
                 self.kill()
-                await self._process.wait()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(STOP_SECONDS):
+                        await self._process.ended()
         elif self._wire is not None:
             self._wire.close()
         self._gone = True

@@ -54,7 +54,6 @@ from transload.runtime.process_memory import resident_bytes
 from transload.runtime.step_thread import StepThread, StepWindows
 from transload.runtime.wire import (
     JOIN_SECONDS,
-    JOIN_TOKEN,
     Alive,
     Assign,
     Challenge,
@@ -479,11 +478,10 @@ def engine_config(plan: WorkerPlan, layout: KvLayout, num_blocks: int, incarnati
     )
 
 
-def main(join: str, name: str) -> int:
-    """Entry of `transload worker`: run until the front end is gone. Returns the exit code."""
+def main(join: str, name: str, token: str) -> int:
+    """What a worker process does: work until the front end is gone. Ends the process."""
     from transload.model.load import build_executor, build_ffn
 
-    token = os.environ.pop(JOIN_TOKEN, "")
     sys.setswitchinterval(0.0005)  # the step thread and the event loop share the interpreter: give way quickly
 
     async def work() -> str:

@@ -29,6 +29,7 @@ from transload.model.source import ModelFiles, locate
 from transload.model.tokenizer import ModelTokenizer, load_tokenizer
 from transload.runtime.base import ServedModel
 from transload.runtime.last_words import lenient_stderr
+from transload.runtime.processes import Processes
 from transload.runtime.real import RealRuntime
 from transload.server.app import create_app
 from transload.server.feed import MetricsFeed
@@ -42,15 +43,25 @@ GRACE_SECONDS = 10.0
 """How long running requests may go on after the first signal; a second signal ends them in an error they see."""
 
 
-def serve(deployment: Deployment, *, ask: str | None = None, once: bool = False, event_log: Path | None = None) -> int:
-    """Serve until a signal comes. `ask` sends one chat request as soon as the server is ready; with `once` the server
-    stops after it. Returns the exit code. Raises `TransloadError` if it cannot be started."""
+def serve(
+    deployment: Deployment,
+    processes: Processes,
+    *,
+    ask: str | None = None,
+    once: bool = False,
+    event_log: Path | None = None,
+) -> int:
+    """Serve until a signal comes, with workers out of `processes`.
+
+    `ask` sends one chat request as soon as the server is ready; with `once` the server stops after it. Returns the exit
+    code. Raises `TransloadError` if it cannot be started.
+    """
     check_can_be_served(deployment)
     _check_event_log(event_log)
     console = Console(stderr=True)
     with lenient_stderr(), reserve_address(deployment.server) as listener:
         files, tokenizer = _find_model(deployment)
-        serving = _Serving(deployment, files, tokenizer, console, ask, once=once, event_log=event_log)
+        serving = _Serving(deployment, processes, files, tokenizer, console, ask, once=once, event_log=event_log)
         return asyncio.run(serving.run(listener))
 
 
@@ -87,6 +98,7 @@ class _Serving:
     def __init__(
         self,
         deployment: Deployment,
+        processes: Processes,
         files: ModelFiles,
         tokenizer: ModelTokenizer,
         console: Console,
@@ -96,6 +108,7 @@ class _Serving:
         event_log: Path | None,
     ) -> None:
         self._deployment = deployment
+        self._processes = processes
         self._files = files
         self._tokenizer = tokenizer
         self._console = console
@@ -118,7 +131,9 @@ class _Serving:
         with self._signals():
             join = deployment.server.join_host, deployment.server.join_port
             config = controller_config(deployment)
-            runtime = RealRuntime(model, placement, config, join=join, event_log=self._event_log)
+            runtime = RealRuntime(
+                model, placement, config, processes=self._processes, join=join, event_log=self._event_log
+            )
             runtime.observe = MetricsFeed(metrics, runtime.controller)
             runtime.observe_ffn = FfnFeed(metrics)
             if not await self._start(runtime, placement):
