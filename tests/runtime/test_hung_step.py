@@ -21,9 +21,9 @@ from transload.deploy.resolve import resolve
 from transload.model.source import locate
 from transload.runtime import worker as worker_module
 from transload.runtime.base import Finished, ServedModel
+from transload.runtime.processes import JOIN_TOKEN
 from transload.runtime.real import RealRuntime
 from transload.runtime.remote import RemoteWorker
-from transload.runtime.wire import JOIN_TOKEN
 from transload.runtime.worker import WorkerProcess
 from transload.transfer.layout import KvLayout
 from transload.transfer.memory import KvMemory

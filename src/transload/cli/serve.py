@@ -30,12 +30,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code: 0 after a clean end; errors are raised."""
-    deployment = resolve_flags(args)
     from transload.runtime.forks import worker_processes
 
     with closing(worker_processes()) as processes:
-        if any(pool.start == "here" for pool in deployment.pools):
-            processes.begin()  # imports torch elsewhere, while this process imports the rest
+        processes.begin()  # first of all: it imports torch elsewhere while this process does what follows
+        deployment = resolve_flags(args)
+        if all(pool.start == "elsewhere" for pool in deployment.pools):
+            processes.close()
         from transload.server.launch import serve
 
         return serve(deployment, processes, ask=args.ask, once=args.once, event_log=args.event_log)

@@ -23,7 +23,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code of the worker."""
-    from transload.runtime.wire import JOIN_TOKEN
+    from transload.runtime.processes import JOIN_TOKEN
     from transload.runtime.worker import main
 
     return main(args.join, args.name, os.environ.pop(JOIN_TOKEN, ""))

@@ -11,6 +11,7 @@ import math
 import mmap
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -26,6 +27,7 @@ DEFAULT_ALIGNMENT = 32
 SUPPORTED_VERSIONS = (2, 3)
 STRING, ARRAY = 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_LENGTH = struct.Struct("<Q")
 ARRAY_TYPES = {code: np.dtype(f"<{letter}") for code, letter in SCALARS.items()}
 
 BLOCKS = {
@@ -40,6 +42,13 @@ BLOCKS = {
 }
 """Tensor types that are loaded: number -> (name, elements in a block, bytes in a block)."""
 SUPPORTED_TYPES = ", ".join(sorted(name for name, _, _ in BLOCKS.values()))
+
+
+class StoredStrings(NamedTuple):
+    """A list of strings that lies in the file, read when it is asked for: vocabularies are long, and few want them."""
+
+    position: int
+    num_strings: int
 
 
 class GgufTensor(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,9 +67,9 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._map = _map_file(path)
-        reader = _Reader(path, self._map)
+        self._reader = reader = _Reader(path, self._map)
         num_tensors, num_entries = reader.preamble()
-        self.metadata: dict[str, GgufValue] = {}
+        self.metadata: dict[str, GgufValue | StoredStrings] = {}
         for _ in range(num_entries):
             key, value = reader.entry()
             if key in self.metadata:
@@ -133,7 +142,7 @@ class GgufFile:
         value = self.metadata.get(key, default)
         if value is None:
             raise CheckpointError(f"{self.path}: metadata key {key!r} is missing; convert the model to GGUF anew")
-        return value
+        return self._reader.strings(value) if isinstance(value, StoredStrings) else value
 
     def _mistyped(self, key: str, value: GgufValue, wanted: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: metadata key {key!r} is {str(value)[:80]!r}, wanted {wanted}")
@@ -194,7 +203,7 @@ class _Reader:
         self._room(num_tensors, 33, "tensors")
         return num_tensors, num_entries
 
-    def entry(self) -> tuple[str, GgufValue]:
+    def entry(self) -> tuple[str, GgufValue | StoredStrings]:
         key = self._string()
         code = int(self._scalar("I"))
         if code == STRING:
@@ -218,12 +227,12 @@ class _Reader:
             raise CheckpointError(f"{self.path}: tensor {name!r} has shape {shape}; an empty tensor is never right")
         return name, shape, int(self._scalar("I")), int(self._scalar("Q"))
 
-    def _array(self, key: str) -> GgufValue:
+    def _array(self, key: str) -> GgufValue | StoredStrings:
         code = int(self._scalar("I"))
         count = int(self._scalar("Q"))
         if code == STRING:
             self._room(count, 8, f"strings under {key!r}")
-            return self._strings(count)
+            return self._skip_strings(count)
         if code not in SCALARS:
             raise CheckpointError(f"{self.path}: metadata key {key!r} is a list of type {code}, which is not read")
         item = ARRAY_TYPES[code]
@@ -231,10 +240,10 @@ class _Reader:
         values: list[float] = np.frombuffer(self._take(count * item.itemsize), dtype=item).tolist()
         return values
 
-    def _strings(self, count: int) -> list[str]:
-        """As `_string` many times; the loop is flat because vocabularies have hundreds of thousands of strings."""
-        found: list[str] = []
-        mapped, position, size, length_of = self._map, self.position, self._size, struct.Struct("<Q").unpack_from
+    def _skip_strings(self, count: int) -> StoredStrings:
+        """Find the end of a list; the loop is flat because vocabularies have hundreds of thousands of strings."""
+        mapped, position, size, length_of = self._map, self.position, self._size, _LENGTH.unpack_from
+        found = StoredStrings(position, count)
         for _ in range(count):
             if position + 8 > size:
                 raise self._truncated(8)
@@ -243,9 +252,21 @@ class _Reader:
             if length > size - position:
                 self.position = position
                 raise self._truncated(length)
-            found.append(self._decoded(mapped[position : position + length]))
             position += length
         self.position = position
+        return found
+
+    def strings(self, stored: StoredStrings) -> list[str]:
+        """The strings of a list whose end was found."""
+        found: list[str] = []
+        mapped, position, length_of = self._map, stored.position, _LENGTH.unpack_from
+        try:
+            for _ in range(stored.num_strings):
+                start = position + 8
+                position = start + length_of(mapped, position)[0]
+                found.append(mapped[start:position].decode())
+        except UnicodeDecodeError as error:
+            raise self._garbled(error) from error
         return found
 
     def _string(self) -> str:
@@ -255,7 +276,10 @@ class _Reader:
         try:
             return raw.decode()
         except UnicodeDecodeError as error:
-            raise CheckpointError(f"{self.path}: a string in the header is not UTF-8 ({error})") from error
+            raise self._garbled(error) from error
+
+    def _garbled(self, error: UnicodeDecodeError) -> CheckpointError:
+        return CheckpointError(f"{self.path}: a string in the header is not UTF-8 ({error})")
 
     def _scalar(self, letter: str) -> int | float:
         layout = f"<{letter}"

@@ -85,6 +85,9 @@ class ForkedProcesses:
             if self._server is server:
                 self._lose()
             raise OSError(f"the fork server has not answered for {ANSWER_SECONDS:g} s") from None
+        except ConnectionError:
+            del self._starting[number]  # nobody waits for it
+            raise OSError(self._lose()) from None
         except asyncio.CancelledError:
             if forked.done() and not forked.cancelled() and forked.exception() is None:
                 forked.result().kill()  # it came at the same moment
@@ -123,25 +126,27 @@ class ForkedProcesses:
             case Ended(number, code):
                 self._running.pop(number).end(how_it_ended(code))
 
-    def _lose(self) -> None:
-        """The fork server is gone, or shall be. Its children live on, and their pidfds tell when they end."""
+    def _lose(self) -> str:
+        """The fork server is gone, or shall be. Its children live on, and their pidfds tell when they end. Returns what
+        became of it, in words."""
         assert self._server is not None
         loop = self._loop
         if loop is not None:
             loop.remove_reader(self._line)
         self._line.close()
         self._server.kill()
-        code = self._server.wait(DEATH_SECONDS)
+        what = f"the fork server {how_it_ended(self._server.wait(DEATH_SECONDS))}"
         self._server = self._loop = None
         for forked in self._starting.values():
             if not forked.done():
-                forked.set_exception(OSError(f"the fork server {how_it_ended(code)}"))
+                forked.set_exception(OSError(what))
         self._starting.clear()
         if loop is not None and not loop.is_closed():
             for process in self._running.values():
                 self._orphans.add(process)
                 loop.add_reader(process.pidfd, self._orphan_ended, process)
         self._running.clear()
+        return what
 
     def _orphan_ended(self, process: _ForkedProcess) -> None:
         self._orphans.discard(process)

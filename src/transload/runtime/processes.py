@@ -12,7 +12,8 @@ import os
 import sys
 from typing import Protocol
 
-from transload.runtime.wire import JOIN_TOKEN
+JOIN_TOKEN = "TRANSLOAD_JOIN_TOKEN"
+"""Environment variable with the secret that lets a worker join."""
 
 
 class Process(Protocol):

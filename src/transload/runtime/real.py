@@ -46,10 +46,10 @@ from transload.runtime.event_log import EventLog
 from transload.runtime.ffn_move import FfnMove
 from transload.runtime.ffn_pools import FfnObserver, FfnPools
 from transload.runtime.forks import worker_processes
-from transload.runtime.processes import Processes
+from transload.runtime.processes import JOIN_TOKEN, Processes
 from transload.runtime.records import waterfall
 from transload.runtime.remote import RemoteWorker
-from transload.runtime.wire import JOIN_TOKEN, Assign, ConnectPeer, LinkState, Ready, Report
+from transload.runtime.wire import Assign, ConnectPeer, LinkState, Ready, Report
 
 START_SECONDS = 300.0
 """How long the workers may take to load their model."""

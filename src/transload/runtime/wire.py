@@ -22,8 +22,6 @@ from transload.transfer.listener import PeerAddress
 T = TypeVar("T")
 JOIN_SECONDS = 20.0
 """How long joining may take, on either side."""
-JOIN_TOKEN = "TRANSLOAD_JOIN_TOKEN"
-"""Environment variable with the secret that lets a worker join."""
 MAX_FRAME_BYTES = 64 * 2**20
 MAX_UNSENT_BYTES = 64 * 2**20
 _LENGTH = struct.Struct("<I")

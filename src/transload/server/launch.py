@@ -36,7 +36,6 @@ from transload.server.feed import MetricsFeed
 from transload.server.ffn_feed import FfnFeed
 from transload.server.metrics import Metrics
 from transload.server.serve import reserve_address, serve_http
-from transload.study.ask import ask_once
 from transload.transfer.layout import kv_layout
 
 GRACE_SECONDS = 10.0
@@ -187,6 +186,8 @@ class _Serving:
 
     async def _answer(self, url: str, text: str) -> int:
         """The first question, asked over HTTP like any other."""
+        from transload.study.ask import ask_once  # brings an HTTP client, which few starts need
+
         console = Console()
         console.print(f"\n[bold]{text}[/]", highlight=False)
         api_keys = self._deployment.server.api_keys
