@@ -182,6 +182,15 @@ def test_a_caller_that_sends_more_than_its_request_and_leaves_is_still_seen_to_l
     assert_healthy(server)
 
 
+def test_a_caller_with_a_large_body_is_still_seen_to_leave(serve: Serve) -> None:
+    """Reading pauses while so much waits to be taken."""
+    server = serve(Script(text="abc", hold_after=0))
+    with server.connect() as connection:
+        connection.sendall(request({"prompt": "x", "user": "u" * (1 << 20)}))
+        wait_for(lambda: bool(server.backend.seen), "the request is submitted")
+    wait_for(lambda: server.backend.seen[0].cancelled, "the request is cancelled")
+
+
 def test_a_caller_that_leaves_mid_stream_frees_its_request(serve: Serve) -> None:
     server = serve(Script(text="abcdef", hold_after=2))
     with server.connect() as connection:

@@ -43,10 +43,11 @@ class Call:
         receive: Receive,
         send: Send,
         write_chunk: Callable[[bytes], bool] | None,
+        when_gone: Callable[[Callable[[], None]], None] | None,
         arrived: float,
     ) -> None:
         """`arrived`: when the call came in, by `time.monotonic`. `write_chunk`: the connection's shorter way to send a
-        piece of a stream, if it has one."""
+        piece of a stream, if it has one; `when_gone`: to learn that the caller has left."""
         self._route = route
         self._request_id = request_id
         self._backend = backend
@@ -57,6 +58,7 @@ class Call:
         self._receive = receive
         self._send = send
         self._write_chunk = write_chunk
+        self._when_gone = when_gone
         self._arrived = arrived
         self._streams: list[RequestStream] = []
         self._error: RequestError | None = None
@@ -69,9 +71,11 @@ class Call:
 
         Raises `RequestError` if the call is refused or fails before the first byte of the answer.
         """
-        watcher = asyncio.create_task(self._watch())
+        watcher = asyncio.create_task(self._watch()) if self._when_gone is None else None
         overdue = asyncio.get_running_loop().call_later(requests[0].deadline_seconds + OVERDUE_SECONDS, self._overdue)
         try:
+            if self._when_gone is not None:
+                self._when_gone(self._leave)
             await self._submit(requests)
             closing = await self._follow(choices)
             await self._conclude(choices, closing, num_prompt_tokens)
@@ -82,7 +86,8 @@ class Call:
         finally:
             self._over = True
             overdue.cancel()
-            watcher.cancel()
+            if watcher is not None:
+                watcher.cancel()
             for stream, choice in zip(self._streams, choices, strict=False):
                 if choice.reason is None:
                     stream.cancel()
@@ -207,9 +212,13 @@ class Call:
         await self._send({"type": "http.response.body", "body": events, "more_body": more})
 
     async def _watch(self) -> None:
-        """Free everything the moment the caller leaves."""
+        """Wait for the caller to leave."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
+        self._leave()
+
+    def _leave(self) -> None:
+        """The caller has left: free everything."""
         if not self._over:
             self._caller_gone = True
             self._cancel_all()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import h11
@@ -23,6 +24,8 @@ logger = logging.getLogger("transload.server")
 
 WRITE_CHUNK = "transload.write_chunk"
 """Key of the ASGI scope under which a call finds `GuardedConnection.write_chunk`."""
+WHEN_GONE = "transload.when_gone"
+"""The same for `GuardedConnection.when_gone`."""
 
 
 class ConnectionLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +60,7 @@ class GuardedConnection(H11Protocol):
         self._stall_timer: asyncio.TimerHandle | None = None
         self._num_waiting_bytes = 0  # came in while no call was under way: a head, or a body nobody wants
         self._num_early_bytes = 0  # came in during a call, behind its body
+        self._tell_gone: Callable[[], None] | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -66,14 +70,19 @@ class GuardedConnection(H11Protocol):
         self._disarm_head()
         self._disarm_stall()
         super().connection_lost(exc)
+        tell, self._tell_gone = self._tell_gone, None
+        if tell is not None:
+            tell()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._disarm_head()
             self._num_waiting_bytes = 0
-            if self.scope["http_version"] == "1.1":
-                cast("dict[str, object]", self.scope)[WRITE_CHUNK] = self.write_chunk
+            scope = cast("dict[str, object]", self.scope)
+            scope[WHEN_GONE] = self.when_gone
+            if scope["http_version"] == "1.1":
+                scope[WRITE_CHUNK] = self.write_chunk
             self._keep_listening(len(data))
             return
         if self._num_waiting_bytes == 0:  # from "may be idle" to "has begun and must go on"
@@ -95,6 +104,17 @@ class GuardedConnection(H11Protocol):
         self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
         return True
 
+    def when_gone(self, tell: Callable[[], None]) -> None:
+        """Say so if the peer leaves before the answer that is due now is complete. The body has been read.
+
+        By ASGI a call would wait for that in a task of its own, which costs as much as a good part of its answer.
+        """
+        if self.cycle.disconnected:
+            tell()
+            return
+        self.flow.resume_reading()  # a large body has paused it, and a peer that leaves is seen by reading
+        self._tell_gone = tell
+
     def _keep_listening(self, num_bytes: int) -> None:
         """uvicorn stops reading at a pipelined request, and with that it stops seeing the peer leave."""
         if self.flow.read_paused and not self.cycle.more_body:
@@ -104,6 +124,7 @@ class GuardedConnection(H11Protocol):
 
     def on_response_complete(self) -> None:
         self._num_early_bytes = 0
+        self._tell_gone = None
         super().on_response_complete()
         if self.transport.is_closing() and self.transport.get_write_buffer_size():
             self._arm_stall()  # closing waits for the peer to read the rest
