@@ -53,17 +53,21 @@ def start(result: dict[str, Any]) -> str:
     rows: list[list[object]] = []
     for row in result["rows"]:
         seconds = row["seconds"]
-        memory = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in row["memory_bytes"].items())
         spread = f"{seconds['median']:.1f} ({seconds['min']:.1f} to {seconds['max']:.1f})"
-        rows.append([row["topology"], spread, f"{row['cpu_seconds']:.1f}", memory])
+        cpu = ", ".join(f"{name} {spent:.1f}" for name, spent in row["cpu_seconds_by_process"].items())
+        memory = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in row["memory_bytes"].items())
+        all_memory = f"{sum(row['memory_bytes'].values()) / 1e6:,.0f}"
+        rows.append([row["topology"], spread, f"{row['cpu_seconds']:.1f}: {cpu}", f"{all_memory}: {memory}"])
     install, build = result["install_bytes"], result["kernel_build_seconds"]
     text = (
         f"\n## Start\n\nFrom the command to the first streamed token of the default model on {result['cores']} cores, "
-        "with everything fetched and built before. Memory is the proportional set size then, caches of the default "
-        f"size included. Installed, the dependencies take {install['all'] / 1e6:,.0f} MB, of which torch "
-        f"{install['torch'] / 1e6:,.0f}; building the kernels, once a machine, takes {build} s.\n\n"
+        "with everything fetched and built before. CPU seconds in all are those until the server has ended, by process "
+        "those up to the token; memory is the proportional set size then, caches of the default size included. Workers "
+        f"are forked from the fork server, which imports what they need. Installed, the dependencies take "
+        f"{install['all'] / 1e6:,.0f} MB, of which torch {install['torch'] / 1e6:,.0f}; building the kernels, once a "
+        f"machine, takes {build} s.\n\n"
     )
-    return text + table(["topology", "seconds, median", "CPU seconds", "MB by process"], rows) + origin(result)
+    return text + table(["topology", "seconds, median", "CPU seconds", "MB"], rows) + origin(result)
 
 
 SPLIT_FIGURES = ("prefill", "decode 1", "decode 8", "start", "memory")
