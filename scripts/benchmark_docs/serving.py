@@ -92,9 +92,9 @@ def split_peer(result: dict[str, Any]) -> str:
         f"{result['context_tokens']} on; the best of {result['rounds']} rounds. From the commands to the first token, "
         f"with everything fetched and {before} before. Memory is the proportional set size of all processes after the "
         f"load; each worker's KV cache has room for {result['kv_tokens']:,} tokens. vLLM computes in "
-        f"{result['peer_dtype']}, Transload in bfloat16 with kernels ({result['kernels']}). *As it comes*: two servers "
-        "with the NixlConnector and a core each, not compiled. *Tuned*: compiled, NIXL without polling threads, each "
-        "worker back on its own core, where the connector binds all to the last.\n\n"
+        f"{result['peer_dtype']}, Transload in bfloat16 with kernels ({result['kernels']}). vLLM 1P1D is two "
+        "servers with the NixlConnector and a core each; *as it comes*: not compiled; *tuned*: compiled, NIXL without "
+        "polling threads, each worker back on its own core, where the connector binds all to the last.\n\n"
     )
     text += table(["system", "prefill", "decode, batch 1", "batch 8", "start, s", "memory, MB"], rows)
     rows = [[pair, *(f"{times[what]:.2f}x" for what in SPLIT_FIGURES)] for pair, times in result["ratios"].items()]
