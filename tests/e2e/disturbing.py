@@ -96,7 +96,7 @@ def judge(answer: Answer, right: Answer) -> str:
 
 
 class Load:
-    """Callers, each with one stream after another, until told to stop."""
+    """Callers, each with one stream after another, until told to stop or the server is gone."""
 
     def __init__(self, server: LiveServer, right: dict[str, Answer], *, num_callers: int, max_tokens: int) -> None:
         self._server = server
@@ -119,7 +119,7 @@ class Load:
     def _run(self, number: int) -> None:
         prompts = [*self._right]
         turn = number
-        while not self._stop.is_set():
+        while not self._stop.is_set() and self._server.process.poll() is None:
             prompt = prompts[turn % len(prompts)]
             turn += 1
             began = time.monotonic()

@@ -116,8 +116,7 @@ def test_without_disk_or_shared_memory_the_server_goes_on_and_comes_back(tmp_pat
         eventually(lambda: "no memory for a KV pool" in str(server.workers()["decode-0"]["problem"]))
         assert "decode-0: no memory for a KV pool" in server.output()
         num_whole = load.ends["whole"]
-        time.sleep(1.0)
-        assert load.ends["whole"] == num_whole, "there is nobody to decode"
+        eventually(lambda: load.ends["whole"] > num_whole)  # the prefill worker decodes while nobody else can
         limit_file_size(server, resource.RLIM_INFINITY)
         server.wait_for_worker("decode-0", other_than=killed)
         eventually(lambda: load.ends["whole"] >= num_whole + 2)

@@ -22,6 +22,7 @@ def play(story: Callable[[ForkedProcesses, str], Awaitable[None]]) -> None:
         held: list[asyncio.StreamWriter] = []
         front_end = await asyncio.start_server(lambda _, writer: held.append(writer), "127.0.0.1", 0)
         host, port = front_end.sockets[0].getsockname()
+        before = psutil.Process().children()  # the tests' own
         processes = worker_processes()
         assert isinstance(processes, ForkedProcesses)
         try:
@@ -32,7 +33,7 @@ def play(story: Callable[[ForkedProcesses, str], Awaitable[None]]) -> None:
             front_end.close()
             for writer in held:
                 writer.close()
-        assert not psutil.Process().children()
+        assert psutil.Process().children() == before
 
     asyncio.run(told())
 
