@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import psutil
 
 START_SECONDS, STOP_SECONDS = 300.0, 10.0
 POLL_SECONDS, TEND_SECONDS = 0.1, 2.0
@@ -16,10 +18,6 @@ POLL_SECONDS, TEND_SECONDS = 0.1, 2.0
 
 class Left(Exception):
     """Why a system has no figures."""
-
-
-PARENT, SESSION, BEGAN = 1, 3, 19
-"""Places in what /proc/PID/stat says after the name."""
 
 
 class Program:
@@ -42,57 +40,42 @@ class Program:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        found = self._family()
+        found = self.family()
         try:
             self._process.terminate()
             self._process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             pass
         finally:
-            found |= self._family()
-            for pid, fields in processes().items():
-                if found.get(pid) == fields[BEGAN]:
-                    try:
-                        os.kill(pid, signal.SIGKILL)
-                    except ProcessLookupError:
-                        continue
+            for process in found | self.family():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             self._process.wait()
+            psutil.wait_procs(found, STOP_SECONDS)
 
-    def pids(self) -> list[int]:
-        """Of the command and of all processes that came from it."""
-        return list(self._family())
-
-    def _family(self) -> dict[int, str]:
-        """Whoever is in its session or below it, and when each began: a pid alone may be given to another later."""
-        everybody = processes()
-        found: dict[int, str] = {}
-        for pid, fields in everybody.items():
-            above = pid
-            while above in everybody and above != self._process.pid:
-                above = int(everybody[above][PARENT])
-            if above == self._process.pid or int(fields[SESSION]) == self._process.pid:
-                found[pid] = fields[BEGAN]
+    def family(self) -> set[psutil.Process]:
+        """Whoever is in its session or below it."""
+        found = set()
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                above = [process.pid, *(parent.pid for parent in process.parents())]
+                if process.status() != psutil.STATUS_ZOMBIE and (
+                    self._process.pid in above or os.getsid(process.pid) == self._process.pid
+                ):
+                    found.add(process)
         return found
 
     def memory_bytes(self) -> int:
-        found = 0
-        for pid in self.pids():
-            try:
-                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-            except OSError:
-                continue
-            found += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-        return found
+        return sum(memory_bytes(process) for process in self.family())
 
     def bind(self, core: int) -> None:
         """Threads that are bound to one core: to this one."""
-        for pid in self.pids():
-            for thread in os.listdir(f"/proc/{pid}/task"):
-                try:
-                    if len(bound := os.sched_getaffinity(int(thread))) == 1 and bound != {core}:
-                        os.sched_setaffinity(int(thread), {core})
-                except OSError:
-                    continue
+        for process in self.family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for thread in process.threads():
+                    with contextlib.suppress(OSError):
+                        if len(bound := os.sched_getaffinity(thread.id)) == 1 and bound != {core}:
+                            os.sched_setaffinity(thread.id, {core})
 
     def check(self) -> None:
         """Raises `Left` if it has ended."""
@@ -101,18 +84,12 @@ class Program:
             raise Left(f"{Path(self._command[0]).name} ended: {(lines or ['without a word'])[-1][:200]}")
 
 
-def processes() -> dict[int, list[str]]:
-    """All that are alive, by pid: what /proc/PID/stat says after the name."""
-    found = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if fields[0] != "Z":
-                found[int(folder.name)] = fields
-    return found
+def memory_bytes(process: psutil.Process) -> int:
+    """Proportional set size: what is shared counts once in all. 0 of one that has just ended."""
+    try:
+        return int(process.memory_full_info().pss)
+    except psutil.NoSuchProcess:
+        return 0
 
 
 def free_port() -> int:

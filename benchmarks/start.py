@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
+from programs import free_port, memory_bytes
 
 from transload.model.native import library
 from transload.study.provenance import machine_facts, versions
@@ -81,9 +82,7 @@ def main() -> None:
 
 def once(topology: str) -> dict[str, Any]:
     """One start to the first token, and the processes' memory then."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "transload", "serve", "--topology", topology, "--port", str(port)]
     before = os.times()
     with tempfile.TemporaryFile() as output:
@@ -128,42 +127,19 @@ def first_token(port: int, process: subprocess.Popen[bytes]) -> None:
 def usage_below(root: int) -> tuple[dict[str, float], dict[str, int]]:
     """Processor seconds up to now and proportional set size of a process and all below it, by name."""
     seconds, memory = {}, {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and is_below(int(folder.name), root):
-            name = name_of_process(folder, root)
-            user, system = (int(word) for word in stat_of(folder)[11:13])
-            seconds[name] = (user + system) / os.sysconf("SC_CLK_TCK")
-            pss = re.search(r"^Pss:\s+(\d+) kB", (folder / "smaps_rollup").read_text(), re.MULTILINE)
-            assert pss is not None
-            memory[name] = int(pss[1]) * 1024
+    server = psutil.Process(root)
+    for process in (server, *server.children(recursive=True)):
+        name, times = name_of_process(process, server), process.cpu_times()
+        seconds[name] = round(times.user + times.system, 2)
+        memory[name] = memory_bytes(process)
     return dict(sorted(seconds.items())), dict(sorted(memory.items()))
 
 
-def name_of_process(folder: Path, root: int) -> str:
+def name_of_process(process: psutil.Process, server: psutil.Process) -> str:
     """Of a worker its name, which is its process's too."""
-    if folder.name == str(root):
+    if process == server:
         return "server"
-    return "fork server" if parent_of(folder) == root else (folder / "comm").read_text().strip()
-
-
-def stat_of(folder: Path) -> list[str]:
-    """What /proc/PID/stat says behind the name."""
-    return (folder / "stat").read_text().rpartition(")")[2].split()
-
-
-def parent_of(folder: Path) -> int:
-    return int(stat_of(folder)[1])
-
-
-def is_below(pid: int, root: int) -> bool:
-    while pid > 1:
-        if pid == root:
-            return True
-        try:
-            pid = parent_of(Path(f"/proc/{pid}"))
-        except OSError:
-            return False
-    return False
+    return "fork server" if process.parent() == server else process.name()
 
 
 def install_bytes() -> dict[str, int]:

@@ -64,6 +64,6 @@ def test_leaving_a_program_ends_all_that_it_started(
     monkeypatch.setattr(programs, "STOP_SECONDS", 0.1)
     command = ["sh", "-c", "trap '' TERM; sleep 600 & sleep 600 & wait"]
     with programs.Program(command, tmp_path / "log") as program:
-        programs.wait_until(lambda: len(program.pids()) == 3, [program], lambda: None)
+        programs.wait_until(lambda: len(program.family()) == 3, [program], lambda: None)
         assert program.memory_bytes() > 0
-    assert program.pids() == []
+    assert program.family() == set()

@@ -54,9 +54,7 @@ INLINE int64_t first_key(int64_t position, int64_t window) {
 
 /* Keys that all heads go over before the next ones: first the keys, then the values. What lies together in a block is
    read in one go: memory, and above all its pages, are slow where a little is read here and a little there. */
-#ifndef LONE_KEYS
 #define LONE_KEYS 32
-#endif
 
 /* Some keys of a row, for heads that share them. */
 struct lone_query {
