@@ -157,6 +157,10 @@ def test_a_body_nobody_wants_is_thrown_away_up_to_a_limit_then_the_connection_is
         b"POST /v1/completions HTTP/1.1\r\nContent-Length: -5\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
         b"GET /health HTTP/1.1\r\nHost: x\r\nX-Long: " + b"y" * 300_000 + b"\r\n\r\n",
+        b"GET /health HTTP/1.1\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n",
+        b"CONNECT x:80 HTTP/1.1\r\nHost: x:80\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n",
     ],
 )
 def test_what_is_no_http_is_answered_with_400_in_openais_form_and_closed(serve: Serve, garbage: bytes) -> None:
@@ -179,6 +183,22 @@ def test_a_caller_that_sends_more_than_its_request_and_leaves_is_still_seen_to_l
         wait_for(lambda: bool(server.backend.seen), "the request is submitted")
         connection.sendall(b"and more")
     wait_for(lambda: server.backend.seen[0].cancelled, "the request is cancelled")
+    assert_healthy(server)
+
+
+@pytest.mark.parametrize("early", [b"GET / HTTP/1.1\r\nHost: x\r\nX-Long: ", b""])
+def test_what_comes_during_a_call_is_read_up_to_a_limit(serve: Serve, early: bytes) -> None:
+    server = serve(Script(text="abc", hold_after=1))
+    flood = early + b"y" * 65536 if early else request({"prompt": "y"}) * 500
+    with server.connect() as connection:
+        connection.sendall(request({"prompt": "x"}))
+        wait_for(lambda: bool(server.backend.seen), "the request is submitted")
+        connection.settimeout(0.5)
+        sent = 0
+        with pytest.raises(TimeoutError):  # noqa: PT012
+            while sent < 64 * 2**20:
+                sent += connection.send(flood)
+        assert sent < 32 * 2**20  # what the two sockets hold
     assert_healthy(server)
 
 
@@ -237,6 +257,26 @@ def test_pipelined_requests_are_answered_in_order(serve: Serve) -> None:
         )
 
 
+@pytest.mark.parametrize("piece", [1, 7, 100_000])
+def test_an_offer_to_upgrade_is_passed_over_and_the_body_behind_it_is_read(serve: Serve, piece: int) -> None:
+    """Java's HttpClient offers HTTP/2 with every first request, curl with --http2."""
+    server = serve(lambda request: Script(text=chr(request.prompt[-1])))
+    offer = b"HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\n"
+    offered = [request({"prompt": letter}).replace(b"HTTP/1.1\r\n", offer) for letter in "abc"]
+    chunked = b"HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nConnection: upgrade\r\nUpgrade: websocket\r\n"
+    offered[1] = b"POST /v1/completions " + chunked + b'\r\ne\r\n{"prompt": "b"\r\n1\r\n}\r\n0\r\n\r\n'
+    raw = b"".join(offered) + request({"prompt": "d"})
+    with server.connect() as connection:
+        for start in range(0, len(raw), piece):
+            connection.sendall(raw[start : start + piece])
+        got = b""
+        while got.count(b'"text":') < 4:
+            got += read_until(connection, b"}}}")
+        assert got.count(b"200 OK") == 4
+        places = [got.index(b'"text":"%c"' % letter) for letter in b"abcd"]
+        assert places == sorted(places)
+
+
 def test_accepted_connections_send_small_writes_at_once(serve: Serve) -> None:
     """TCP_NODELAY: without it headers go out and the first token waits for the peer's 40 ms delayed ACK."""
     server = serve(Script(text="abc", hold_after=1))
@@ -277,3 +317,12 @@ def test_an_http_1_0_caller_gets_a_stream_that_ends_with_the_connection(serve: S
         answer = read_all(connection)
     assert answer.endswith(b"data: [DONE]\n\n")
     assert b"chunked" not in answer
+
+
+def test_an_http_1_0_caller_gets_a_whole_answer_with_its_length(serve: Serve) -> None:
+    server = serve(Script(text="abc"))
+    with server.connect() as connection:
+        connection.sendall(request({"prompt": "x"}).replace(b"HTTP/1.1", b"HTTP/1.0"))
+        head, _, body = read_all(connection).partition(b"\r\n\r\n")
+    assert json.loads(body)["choices"][0]["text"] == "abc"
+    assert b"content-length: %d\r\n" % len(body) in head + b"\r\n"

@@ -64,7 +64,6 @@ async def serve_http(
         backlog=BACKLOG,
         timeout_keep_alive=int(limits.idle_seconds),
         timeout_graceful_shutdown=int(grace_seconds) + 5,
-        h11_max_incomplete_event_size=limits.head_bytes,
     )
     runner = _QuietServer(config)
     serving = asyncio.create_task(runner.serve(sockets=[listener]))
