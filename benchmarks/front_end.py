@@ -4,7 +4,7 @@
 
 The server runs in a process of its own; its CPU time comes from /proc/PID/schedstat, so the load generator beside it
 does not count. Prompts are token ids: tokenizing is not measured. `bare` is an application of twenty lines on uvicorn
-as it comes, which sends as many chunks of the same size and does nothing else, measured in turns with ours.
+with the same parser, which sends as many chunks of the same size and does nothing else, measured in turns with ours.
 """
 
 from __future__ import annotations
@@ -224,7 +224,8 @@ class BareApp:
 def run_bare(ready: Connection, step_seconds: float) -> None:
     async def main() -> None:
         app = BareApp(step_seconds)
-        server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", log_level="warning", access_log=False))
+        config = uvicorn.Config(app, port=0, http="httptools", lifespan="off", log_level="warning", access_log=False)
+        server = uvicorn.Server(config)
         ticker = asyncio.create_task(app.tick())
         serving = asyncio.create_task(server.serve())
         while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
@@ -342,7 +343,7 @@ def main() -> None:
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.platform()},
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("uvicorn", "starlette", "h11", "msgspec")},
+            **{name: version(name) for name in ("uvicorn", "starlette", "httptools", "msgspec")},
         },
         "streams": arguments.streams,
         "tokens_per_stream": arguments.tokens,

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeVar
 import msgspec
 
 from transload.errors import OverCapacity, RequestError
+from transload.server.connection import CONNECTION, GuardedConnection
 from transload.server.schema import ANY, HARMLESS, Body
 
 Scope = MutableMapping[str, Any]
@@ -61,6 +62,12 @@ class BodyReader:
         for name, value in scope["headers"]:
             if name == b"content-length" and value.isdigit() and int(value) > limits.max_bytes:
                 _refuse_size(limits.max_bytes)
+        connection: GuardedConnection | None = scope.get(CONNECTION)
+        whole = None if connection is None else connection.whole_body()
+        if whole is not None:
+            if len(whole) > limits.max_bytes:
+                _refuse_size(limits.max_bytes)
+            return whole
         try:
             async with asyncio.timeout(limits.seconds):
                 message = await receive()

@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from transload.control.messages import Request
 from transload.errors import RequestError, TransloadError
 from transload.runtime.base import Backend, Finished, RequestStream
 from transload.server.bodies import Receive, Send
 from transload.server.choice import Choice
+from transload.server.connection import GuardedConnection
 from transload.server.faults import error_body, failed_request, internal_error
 from transload.server.metrics import Metrics
 from transload.server.replies import DONE, Style, Usage
@@ -42,12 +43,11 @@ class Call:
         include_usage: bool,
         receive: Receive,
         send: Send,
-        write_chunk: Callable[[bytes], bool] | None,
-        when_gone: Callable[[Callable[[], None]], None] | None,
+        connection: GuardedConnection | None,
         arrived: float,
     ) -> None:
-        """`arrived`: when the call came in, by `time.monotonic`. `write_chunk`: the connection's shorter way to send a
-        piece of a stream, if it has one; `when_gone`: to learn that the caller has left."""
+        """`arrived`: when the call came in, by `time.monotonic`. `connection`: has shorter ways than ASGI's to send and
+        to learn that the caller has left."""
         self._route = route
         self._request_id = request_id
         self._backend = backend
@@ -57,8 +57,7 @@ class Call:
         self._include_usage = include_usage
         self._receive = receive
         self._send = send
-        self._write_chunk = write_chunk
-        self._when_gone = when_gone
+        self._connection = connection
         self._arrived = arrived
         self._streams: list[RequestStream] = []
         self._error: RequestError | None = None
@@ -71,11 +70,11 @@ class Call:
 
         Raises `RequestError` if the call is refused or fails before the first byte of the answer.
         """
-        watcher = asyncio.create_task(self._watch()) if self._when_gone is None else None
+        watcher = asyncio.create_task(self._watch()) if self._connection is None else None
         overdue = asyncio.get_running_loop().call_later(requests[0].deadline_seconds + OVERDUE_SECONDS, self._overdue)
         try:
-            if self._when_gone is not None:
-                self._when_gone(self._leave)
+            if self._connection is not None:
+                self._connection.when_gone(self._leave)
             await self._submit(requests)
             closing = await self._follow(choices)
             await self._conclude(choices, closing, num_prompt_tokens)
@@ -185,6 +184,9 @@ class Call:
             await self._write(closing + (self._style.usage(usage) if self._include_usage else b"") + DONE, more=False)
             return
         body = self._style.whole([(*choice.take(), choice.reason or "") for choice in choices], usage)
+        headers = [(b"content-type", b"application/json"), (b"x-request-id", self._request_id.encode())]
+        if self._connection is not None and self._connection.answer(headers, body):
+            return
         await send_json(self._send, 200, body, self._request_id)
 
     async def _break_off(self, error: Exception) -> None:
@@ -203,11 +205,15 @@ class Call:
         await self._write(b"data: " + error_body(error) + b"\n\n", more=False)
 
     async def _write(self, events: bytes, *, more: bool = True) -> None:
-        if self._headers_sent and more and self._write_chunk is not None and self._write_chunk(events):
-            return
-        if not self._headers_sent:
+        connection = self._connection
+        if self._headers_sent:
+            if more and connection is not None and connection.write_chunk(events):
+                return
+        else:
             self._headers_sent = True
             headers = [*_EVENT_STREAM, (b"x-request-id", self._request_id.encode())]
+            if connection is not None and connection.begin_stream(headers, events, more=more):
+                return
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         await self._send({"type": "http.response.body", "body": events, "more_body": more})
 

@@ -1,15 +1,15 @@
 """One HTTP connection: uvicorn's over httptools, with a deadline on everything a peer can leave undone.
 
 A peer that connects and says nothing, sends half a head, never ends a body nobody wants any more, or stops reading is
-cut off after a time. Decides nothing about what a request means. httptools takes a third of the CPU time that h11 takes;
-what it leaves open is closed here: the size of a head, a missing Host, a body behind an offer to upgrade, HTTP/1.0.
+cut off after a time. Decides nothing about what a request means. httptools takes a third of h11's CPU time; what it
+leaves open is closed here: the size of a head, a missing Host, a body behind an offer to upgrade, HTTP/1.0.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, cast
 
 import httptools
@@ -24,10 +24,9 @@ from transload.server.faults import error_body
 
 logger = logging.getLogger("transload.server")
 
-WRITE_CHUNK = "transload.write_chunk"
-"""Key of the ASGI scope under which a call finds `GuardedConnection.write_chunk`."""
-WHEN_GONE = "transload.when_gone"
-"""The same for `GuardedConnection.when_gone`."""
+CONNECTION = "transload.connection"
+"""Key of the ASGI scope under which a call finds its `GuardedConnection`."""
+Headers = Sequence[tuple[bytes, bytes]]
 
 
 class ConnectionLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,10 +138,7 @@ class GuardedConnection(HttpToolsProtocol):
         version = self.parser.get_http_version()
         if version == "1.1" and sum(name == b"host" for name, _ in self.headers) != 1:
             raise httptools.HttpParserError("HTTP/1.1 needs one Host header")
-        scope = cast("dict[str, object]", self.scope)
-        scope[WHEN_GONE] = self.when_gone
-        if version == "1.1":
-            scope[WRITE_CHUNK] = self.write_chunk
+        cast("dict[str, object]", self.scope)[CONNECTION] = self
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
@@ -155,6 +151,37 @@ class GuardedConnection(HttpToolsProtocol):
             cycle.send = _until_closed(cycle)  # type: ignore[assignment, method-assign]
         super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
 
+    def whole_body(self) -> bytes | None:
+        """The body of the call, once, if all of it is there: no waiting for what has come. None: `receive` it."""
+        running = self._running
+        if running is None or running.more_body or running.disconnected:
+            return None
+        body = bytes(running.body)
+        running.body.clear()
+        running.message_event.clear()
+        return body
+
+    def answer(self, headers: Headers, body: bytes) -> bool:
+        """Send a whole answer as one packet; by ASGI its head would be one of its own. False: not now, `send` it."""
+        head = self._head(headers, b"content-length: %d" % len(body))
+        if head is None:
+            return False
+        self.transport.write(head + body)
+        self._complete()
+        return True
+
+    def begin_stream(self, headers: Headers, body: bytes, *, more: bool) -> bool:
+        """Send the head and the first piece of a chunked answer as one packet. False: not now, `send` them."""
+        head = self._head(headers, b"transfer-encoding: chunked")
+        if head is None:
+            return False
+        assert self._running is not None
+        self._running.chunked_encoding = True
+        self.transport.write(b"%b%x\r\n%b\r\n%b" % (head, len(body), body, b"" if more else b"0\r\n\r\n"))
+        if not more:
+            self._complete()
+        return True
+
     def write_chunk(self, body: bytes) -> bool:
         """Send a piece of a chunked answer that has begun. False: not now, `send` it.
 
@@ -162,10 +189,34 @@ class GuardedConnection(HttpToolsProtocol):
         does not change.
         """
         assert body, "an empty chunk would end the answer"
-        if self.flow.write_paused or self.transport.is_closing():
+        if not self._can_write():
             return False
         self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
         return True
+
+    def _can_write(self) -> bool:
+        running = self._running
+        is_chunked = running is not None and running.scope["http_version"] == "1.1"
+        return is_chunked and not self.flow.write_paused and not self.transport.is_closing()
+
+    def _head(self, headers: Headers, length: bytes) -> bytes | None:
+        """Of an answer with status 200. From here on the answer has begun. None: it cannot be sent now."""
+        running = self._running
+        if running is None or running.response_started or not self._can_write():
+            return None
+        running.response_started, running.waiting_for_100_continue = True, False
+        lines = [b"%b: %b" % header for header in (*running.default_headers, *headers)]
+        lines.append(length if running.keep_alive else length + b"\r\nconnection: close")
+        return STATUS_LINE[200] + b"\r\n".join(lines) + b"\r\n\r\n"
+
+    def _complete(self) -> None:
+        """What uvicorn does behind an answer's last byte."""
+        assert self._running is not None
+        self._running.response_complete = True
+        self._running.message_event.set()
+        if not self._running.keep_alive:
+            self.transport.close()
+        self._running.on_response()
 
     def when_gone(self, tell: Callable[[], None]) -> None:
         """Say so if the peer leaves before the answer that is due now is complete. The body has been read.

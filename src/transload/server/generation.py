@@ -17,7 +17,7 @@ from transload.runtime.base import Backend
 from transload.server.bodies import BodyReader, Receive, Scope, Send, parse_body
 from transload.server.call import Call
 from transload.server.choice import Choice
-from transload.server.connection import WHEN_GONE, WRITE_CHUNK
+from transload.server.connection import CONNECTION
 from transload.server.metrics import Metrics
 from transload.server.parameters import Parameters, call_seed, check_parameters, choice_seed
 from transload.server.prompts import Prompts, PromptTokens
@@ -145,8 +145,7 @@ class Generation:
             include_usage=parameters.include_usage,
             receive=receive,
             send=send,
-            write_chunk=scope.get(WRITE_CHUNK),
-            when_gone=scope.get(WHEN_GONE),
+            connection=scope.get(CONNECTION),
             arrived=arrived,
         )
         self.ledger.note(request_id, tuple(request.id for request in requests))

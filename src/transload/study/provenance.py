@@ -12,7 +12,7 @@ import msgspec
 import transload
 from transload.deploy.machine import read_machine
 
-_LIBRARIES = ("h11", "msgspec", "numpy", "torch", "uvicorn")
+_LIBRARIES = ("h11", "httptools", "msgspec", "numpy", "torch", "uvicorn")
 
 
 class MachineFacts(msgspec.Struct, frozen=True, kw_only=True):
