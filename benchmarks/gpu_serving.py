@@ -34,7 +34,7 @@ from transload.study.provenance import machine_facts, versions
 
 INPUT_TOKENS, OUTPUT_TOKENS = 512, 128
 CONTEXT = INPUT_TOKENS + OUTPUT_TOKENS // 2
-CALLERS = (1, 8, 32, 128)
+CALLERS = (1, 8, 32)
 TOPOLOGIES: dict[str, tuple[str, ...]] = {
     "1agg": ("--topology", "1agg", "--set", "pools.aggregated.device={device}"),
     "1p1d": (
