@@ -149,6 +149,20 @@ def test_a_body_nobody_wants_is_thrown_away_up_to_a_limit_then_the_connection_is
     assert_healthy(server)
 
 
+def test_behind_a_body_nobody_wants_the_next_request_may_come_in_pieces(serve: Serve) -> None:
+    server = serve(bodies=BodyLimits(max_bytes=1000))
+    with server.connect() as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 300000\r\n\r\n")
+        assert b"413" in read_until(connection, b"}}")
+        raw = request({"prompt": "x"})
+        connection.sendall(b" " * 300_000 + raw[:20])
+        time.sleep(0.1)
+        connection.sendall(raw[20:50])
+        time.sleep(0.1)
+        connection.sendall(raw[50:])
+        assert b"200 OK" in read_until(connection, b"}}}")
+
+
 @pytest.mark.parametrize(
     "garbage",
     [

@@ -62,8 +62,8 @@ class GuardedConnection(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._running: RequestResponseCycle | None = None
-        self._is_in_head = False
-        self._offers_upgrade = False
+        self._is_in_head = self._offers_upgrade = False
+        self._num_head_bytes = 0  # of a head, without the piece in which it begins
         self._head_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
         self._num_waiting_bytes = 0  # came in while no call was under way: a head, or a body nobody wants
@@ -87,7 +87,7 @@ class GuardedConnection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
-        running = self._running
+        running, was_in_head = self._running, self._is_in_head
         is_early = running is not None and not running.response_complete and not running.more_body
         try:
             self._parse(memoryview(data))
@@ -104,7 +104,9 @@ class GuardedConnection(HttpToolsProtocol):
             self._disarm_head()
             self._head_timer = self.loop.call_later(self.limits.head_seconds, self._cut_off)
         self._num_waiting_bytes += len(data)
-        if self._is_in_head and self._num_waiting_bytes > self.limits.head_bytes:
+        if self._is_in_head and was_in_head:
+            self._num_head_bytes += len(data)
+        if self._num_head_bytes > self.limits.head_bytes:
             self.send_400_response(f"Request line and headers are over {self.limits.head_bytes} bytes.")
         elif self._num_waiting_bytes > self.limits.discarded_bytes:
             self._cut_off()
@@ -125,11 +127,11 @@ class GuardedConnection(HttpToolsProtocol):
                 self.parser.feed_data(b"%b %b HTTP/1.1\r\n%b\r\n" % (self.parser.get_method(), self.url, head))
 
     def on_message_begin(self) -> None:
-        self._is_in_head, self._offers_upgrade = True, False
+        self._is_in_head, self._num_head_bytes, self._offers_upgrade = True, 0, False
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        self._is_in_head = False
+        self._is_in_head, self._num_head_bytes = False, 0
         if self.parser.get_method() == b"CONNECT":
             raise httptools.HttpParserError("CONNECT is for proxies")
         self._offers_upgrade = self.parser.should_upgrade()
