@@ -420,6 +420,8 @@ def main() -> None:
     if options.be:
         be(options)
         return
+    from surroundings import surroundings
+
     from transload.model.cache import cache_folder
     from transload.model.native.library import explanation
 
@@ -455,18 +457,6 @@ def main() -> None:
         }
         report |= surroundings()
         options.out.write_text(json.dumps({**report, "runs": runs}, indent=1) + "\n")
-
-
-def surroundings() -> dict[str, Any]:
-    import msgspec
-
-    from transload.study.provenance import machine_facts, versions
-
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    facts: Any = msgspec.to_builtins(machine_facts())
-    return {"commit": commit.stdout.strip(), "machine": facts, "versions": versions()}
 
 
 if __name__ == "__main__":

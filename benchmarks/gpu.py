@@ -12,16 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
+from surroundings import surroundings
 
 from transload.arch import ModelArch
 from transload.control.messages import Chunk, Request, RequestId, RunStep, Sampling
@@ -29,7 +27,6 @@ from transload.model.build import build_model
 from transload.model.executor import TorchExecutor
 from transload.model.hf_config import read_arch
 from transload.model.inventory import expected_shapes
-from transload.study.provenance import machine_facts, versions
 from transload.transfer.layout import kv_layout
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -196,13 +193,10 @@ def main() -> int:
         if key in theirs:
             row |= {"transformers_seconds": theirs[key], "times_transformers": theirs[key] / ours[key]}
         rows.append(row)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     result = {
         "schema": "transload-gpu-1",
         "device": torch.cuda.get_device_name(),
-        "machine": msgspec.to_builtins(machine_facts()),
-        "versions": versions() | {name: version(name) for name in ("transformers",)},
-        "commit": arguments.commit or commit.stdout.strip(),
+        **surroundings(("transformers",), arguments.commit),
         "shape": arguments.shape,
         "limits": measured,
         "rows": rows,

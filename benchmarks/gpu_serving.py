@@ -21,16 +21,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from safetensors.torch import save_file
+from surroundings import surroundings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from watched_server import WatchedServer
 
 from gpu import SHAPES, Steps, config_of, random_tensors, seconds_of
 from transload.arch import ModelArch
 from transload.model.hf_config import read_arch
-from transload.study.provenance import machine_facts, versions
 
 INPUT_TOKENS, OUTPUT_TOKENS = 512, 128
 CONTEXT = INPUT_TOKENS + OUTPUT_TOKENS // 2
@@ -134,13 +133,10 @@ def main() -> int:
         rows = serve(folder, options.device, steps)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     report = {
         "benchmark": "gpu_serving",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "machine": msgspec.to_builtins(machine_facts()),
-        "versions": versions(),
-        "commit": options.commit or commit.stdout.strip(),
+        **surroundings(commit=options.commit),
         "shape": options.shape,
         "input_tokens": INPUT_TOKENS,
         "output_tokens": OUTPUT_TOKENS,

@@ -18,12 +18,10 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import queue
 import random
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +33,7 @@ import msgspec
 import numpy as np
 import xxhash
 from namespaces import Hosts, Unavailable, enter, inside, iperf3, two_hosts
+from surroundings import surroundings
 
 from transload.control.messages import (
     EngineEvent,
@@ -147,8 +146,8 @@ def main() -> None:
                     flush=True,
                 )
     given = {name: value for name, value in vars(options).items() if name != "out"}
-    report = {"benchmark": "handoff", "options": given, **surroundings(), "figures": msgspec.to_builtins(figures)}
-    report["wires"] = msgspec.to_builtins(wires)
+    report = {"benchmark": "handoff", "options": given, **surroundings(("xxhash",))}
+    report |= {"figures": msgspec.to_builtins(figures), "wires": msgspec.to_builtins(wires)}
     if options.out is not None:
         options.out.write_text(json.dumps(report, indent=1) + "\n")
 
@@ -483,29 +482,6 @@ def two_cores() -> tuple[int, int] | tuple[None, None]:
         if len(cores) > 1:
             return cores[0], cores[1]
     return None, None
-
-
-def surroundings() -> dict[str, object]:
-    """What the figures depend on."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    processor = platform.processor()
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                processor = line.partition(":")[2].strip()
-    return {
-        "commit": commit.stdout.strip(),
-        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
-        "machine": {"processor": processor, "num_cores": os.cpu_count(), "system": platform.platform()},
-        "versions": {
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "xxhash": xxhash.VERSION,
-            "msgspec": msgspec.__version__,
-        },
-    }
 
 
 if __name__ == "__main__":

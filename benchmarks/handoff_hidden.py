@@ -27,8 +27,9 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from handoff import LAYOUTS, Pair, plan_frames, surroundings, two_cores
+from handoff import LAYOUTS, Pair, plan_frames, two_cores
 from namespaces import Hosts, Unavailable, inside, two_hosts
+from surroundings import surroundings
 
 from transload.model.native.library import load as native_library
 from transload.transfer.memory import KvMemory
@@ -79,7 +80,7 @@ def main() -> None:
     report = {
         "benchmark": "handoff_hidden",
         "options": given,
-        **surroundings(),
+        **surroundings(("xxhash",)),
         "figures": msgspec.to_builtins(figures),
     }
     if options.out is not None:

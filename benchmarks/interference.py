@@ -14,21 +14,16 @@ import argparse
 import asyncio
 import json
 import random
-import re
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
-import msgspec
 import numpy as np
+from surroundings import surroundings
+from watched_server import WatchedServer
 
 from transload.study.answers import StreamedAnswer
 from transload.study.http_client import HttpClient, parse_url
-from transload.study.provenance import machine_facts, versions
 
 SETUPS: dict[str, tuple[str, ...]] = {
     "aggregated, 2 threads, chunks of 512": ("--topology", "1agg", "--set", "pools.aggregated.threads=2"),
@@ -45,33 +40,6 @@ SETUPS: dict[str, tuple[str, ...]] = {
 }
 PROMPT_TOKENS = 2048
 CONTEXT_TOKENS = 128
-START_SECONDS = 120.0
-
-
-class Server:
-    """`transload serve` in a process of its own."""
-
-    def __init__(self, arguments: Sequence[str]) -> None:
-        self._output = Path(tempfile.mkdtemp()) / "serve.log"
-        command = [sys.executable, "-m", "transload", "serve", "--port", "0", *arguments]
-        with self._output.open("w") as output:
-            self._process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-
-    def url(self) -> str:
-        """Once it is ready."""
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            found = re.search(r"at (http://\S+)", self._output.read_text())
-            if found:
-                return found.group(1)
-            if self._process.poll() is not None:
-                break
-            time.sleep(0.1)
-        raise SystemExit(f"the server did not start:\n{self._output.read_text()}")
-
-    def stop(self) -> None:
-        self._process.terminate()
-        self._process.wait(30)
 
 
 async def ask(client: HttpClient, num_input: int, num_output: int, seed: int, answer: StreamedAnswer) -> float:
@@ -174,21 +142,15 @@ def main() -> None:
     for name, arguments in SETUPS.items():
         if args.only and args.only not in name:
             continue
-        server = Server(arguments)
-        try:
-            results[name] = asyncio.run(measure(server.url(), args.streams, args.prompts))
-        finally:
-            server.stop()
+        with WatchedServer(arguments) as server:
+            results[name] = asyncio.run(measure(server.url, args.streams, args.prompts))
         print(f"{name}: {json.dumps(results[name])}", file=sys.stderr)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     print(
         json.dumps(
             {
                 "benchmark": "interference",
                 "command": " ".join(sys.argv),
-                "commit": commit.stdout.strip(),
-                "machine": msgspec.to_builtins(machine_facts()),
-                "versions": versions(),
+                **surroundings(),
                 "streams": args.streams,
                 "prompts": args.prompts,
                 "prompt_tokens": PROMPT_TOKENS,

@@ -15,7 +15,6 @@ import contextlib
 import json
 import random
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,9 +22,8 @@ from typing import Any
 
 import httpx
 import msgspec
+from surroundings import surroundings
 from watched_server import WatchedServer, flatness
-
-from transload.study.provenance import machine_facts, versions
 
 INPUT_TOKENS, OUTPUT_TOKENS = 96, 32
 SHARE_BACK = 0.4
@@ -222,13 +220,10 @@ def main() -> int:
     with WatchedServer(arguments) as server:
         figures = asyncio.run(measure(server, options))
         samples = server.samples
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     report = {
         "benchmark": "overload",
         "command": " ".join(sys.argv),
-        "commit": commit.stdout.strip(),
-        "machine": msgspec.to_builtins(machine_facts()),
-        "versions": versions(),
+        **surroundings(),
         "minutes": options.minutes,
         "times": options.times,
         "input_tokens": INPUT_TOKENS,

