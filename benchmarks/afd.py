@@ -17,6 +17,7 @@ import ctypes
 import json
 import multiprocessing
 import os
+import socket
 import statistics
 import subprocess
 import threading
@@ -182,8 +183,8 @@ def echo(pipe: Connection, code: str, spins: bool, core: int) -> None:
     rings = compiled_rings() if code == "compiled" else None
     waiter = Waiter(1.0 if spins else 0.0, rings)
 
-    def greet(*caller: object) -> None:
-        ends.append(accept_ffn(FFN, *caller, Offer(weights=HOP_WEIGHTS, pieces=(Piece(0),)), rings))  # type: ignore[arg-type]
+    def greet(sock: socket.socket, one_sided: bool) -> None:
+        ends.append(accept_ffn(FFN, sock, one_sided, Offer(weights=HOP_WEIGHTS, pieces=(Piece(0),)), rings))
         waiter.nudge()
 
     listener = Listener(me=FFN.worker, bind_host="127.0.0.1", advertise_host=None, shares_memory=True)
@@ -271,7 +272,12 @@ def split_steps(
     executor, _, source = build_executor(attention)
     assert attention.hop is not None
     up = threading.Event()
-    source.open_remote(attention.hop, ATTENTION, lambda _worker, _transport, problem: problem or up.set())
+
+    def report(_worker: WorkerId, _transport: str, problem: str | None) -> None:
+        if problem is None:
+            up.set()
+
+    source.open_remote(attention.hop, ATTENTION, report)
     source.switch(remote=True)
     source.connect(address, "shm")
     assert up.wait(30), "no link came up"
@@ -376,7 +382,8 @@ def decode(executor: TorchExecutor, running: list[Running], num_steps: int) -> l
 
 def median_step(executor: TorchExecutor, batch: int, options: argparse.Namespace) -> float:
     running = prompts(executor, batch, options)
-    return statistics.median(sum(decode(executor, running, options.steps)) for _ in range(ROUNDS)) / options.steps
+    rounds = [sum(decode(executor, running, options.steps)) for _ in range(ROUNDS)]
+    return statistics.median(rounds) / float(options.steps)
 
 
 if __name__ == "__main__":

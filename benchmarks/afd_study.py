@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -168,12 +169,12 @@ def _break_even(gain: Callable[[float], float], low: float, high: float) -> floa
     if gain(high) >= 1.0:
         return high * 1e6
     for _ in range(6):
-        middle = (low * high) ** 0.5
+        middle = math.sqrt(low * high)
         if gain(middle) >= 1.0:
             low = middle
         else:
             high = middle
-    return (low * high) ** 0.5 * 1e6
+    return math.sqrt(low * high) * 1e6
 
 
 def on_rubin() -> dict[str, Any]:

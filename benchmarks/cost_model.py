@@ -44,12 +44,12 @@ def main() -> None:
         decode = microseconds(lambda index, cost=cost: cost.decode_coefficients(index % 256 + 1), calls)  # type: ignore[misc]
         shapes = [StepShape(((0, 512 + index),), index % 256 + 1, 1000 * index) for index in range(1, 1025)]
         mixed = microseconds(
-            lambda index, cost=cost, shapes=shapes: cost.step_seconds(shapes[index % 1024]),
-            calls // 4,  # type: ignore[misc]
+            lambda index, cost=cost, shapes=shapes: cost.step_seconds(shapes[index % 1024]),  # type: ignore[misc]
+            calls // 4,
         )
         made = microseconds(
-            lambda _, chip=chip, card=card, parallel=parallel: WorkerCost(chip, card, parallel),
-            calls // 50,  # type: ignore[misc]
+            lambda _, chip=chip, card=card, parallel=parallel: WorkerCost(chip, card, parallel),  # type: ignore[misc]
+            calls // 50,
         )
         print(f"{chip_name + ' ' + model:<34} {decode:>10.2f} {mixed:>10.2f} {made:>10.1f}")
 

@@ -87,7 +87,7 @@ def transload(folder: Path, threads: int, dtype: str = "bfloat16") -> Answer:
 
     def answer(case: Case) -> float:
         if "prefill" in case:
-            steps = [(chunk(0, 0, case["prefill"], list(range(each))),)]
+            steps: list[tuple[Chunk, ...]] = [(chunk(0, 0, case["prefill"], list(range(each))),)]
         else:
             for row in range(len(rows), case["decode"]):
                 rows.append(list(range(each + row * small, each + (row + 1) * small)))
@@ -123,7 +123,8 @@ def transformers(folder: Path, threads: int) -> Answer:
     from transformers import AutoModelForCausalLM, DynamicCache
 
     torch.set_num_threads(threads)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, torch_dtype())).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, torch_dtype()))
+    model.eval()
     caches: dict[int, Any] = {}  # by batch, with the rows' prompts
 
     @torch.inference_mode()
@@ -391,8 +392,9 @@ def figures(case: Case, best: dict[str, float]) -> dict[str, Any]:
     mine = {name: rate for name, rate in rates.items() if name in OURS}
     peers = {name: rate for name, rate in rates.items() if not name.startswith("transload")}
     if mine and peers:
-        leader, best = max(peers, key=peers.__getitem__), max(mine, key=mine.__getitem__)
-        entry |= {"best_peer": leader, "our_best": best, "times_best_peer": round(mine[best] / peers[leader], 2)}
+        leader, fastest = max(peers, key=peers.__getitem__), max(mine, key=mine.__getitem__)
+        entry |= {"best_peer": leader, "our_best": fastest}
+        entry["times_best_peer"] = round(mine[fastest] / peers[leader], 2)
         entry["times"] = {
             f"{name} / {peer}": round(rates[name] / rates[peer], 2)
             for peer, name in COMPARED.items()

@@ -112,8 +112,8 @@ def limits(device: torch.device) -> dict[str, float]:
     source = torch.empty(2 * 2**30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return {
-        "gemm_flops_per_second": 2 * 8192**3 / seconds_of(lambda: torch.mm(a, b), 10),  # type: ignore[arg-type, return-value]
-        "copy_bytes_per_second": 2 * source.numel() / seconds_of(lambda: target.copy_(source), 10),  # type: ignore[arg-type, return-value]
+        "gemm_flops_per_second": 2 * 8192**3 / seconds_of(lambda: torch.mm(a, b), 10),  # type: ignore[arg-type]
+        "copy_bytes_per_second": 2 * source.numel() / seconds_of(lambda: target.copy_(source), 10),  # type: ignore[arg-type]
     }
 
 
@@ -124,7 +124,8 @@ def peers(shape: str, device: torch.device, cases: list[dict[str, int]], repeats
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192)
     with torch.device(device):
         torch.set_default_dtype(torch.bfloat16)
-        model: Any = LlamaForCausalLM(config).eval()
+        model: Any = LlamaForCausalLM(config)
+        model.eval()
         torch.set_default_dtype(torch.float32)
     found: dict[str, float] = {}
     with torch.inference_mode():
@@ -132,8 +133,9 @@ def peers(shape: str, device: torch.device, cases: list[dict[str, int]], repeats
             if case["num_decode"] == 0:
                 ids = torch.randint(1000, (1, case["tokens"]), device=device)
                 found[key_of(case)] = seconds_of(
-                    lambda ids=ids: model(ids, logits_to_keep=1).logits.argmax(-1), repeats
-                )  # type: ignore[misc]
+                    lambda ids=ids: model(ids, logits_to_keep=1).logits.argmax(-1),  # type: ignore[misc]
+                    repeats,
+                )
                 continue
             batch, context = case["num_decode"], case["tokens"]
             cache: Any = DynamicCache(config=config)

@@ -141,7 +141,7 @@ def vllm(python: str, folder: Path, dtype: str, name: str, cores: Sequence[int])
     owned = [[core] for core in cores] if is_split else [list(cores)]
     with ExitStack() as stack:
         ports = [free_port() for _ in owned]
-        servers = []
+        servers: list[Program] = []
         for port, mine in zip(ports, owned, strict=True):
             command = [python, "-m", "vllm.entrypoints.openai.api_server", *vllm_options(folder, dtype, name, port)]
             log = folder / f"server-{len(servers)}.log"
@@ -357,7 +357,7 @@ def ratios(runs: Sequence[dict[str, Any]]) -> dict[str, Figures]:
     for place, peer in enumerate(runs):
         if peer["system"] not in PEERS:
             continue
-        beside = [run for run in (runs[:place][-1:] + runs[place + 1 :][:1]) if run["system"] == OURS]
+        beside = [run for run in (*runs[:place][-1:], *runs[place + 1 :][:1]) if run["system"] == OURS]
         if not beside:
             continue
         times: Figures = {}

@@ -36,7 +36,7 @@ TARGETS = (
 )
 
 
-def ratios(rows: Rows, duration: str, way: str) -> np.ndarray:  # type: ignore[type-arg]
+def ratios(rows: Rows, duration: str, way: str) -> np.ndarray:
     """Simulated / measured of the rows that were evaluated this way."""
     by = f"{duration}_by"
     return np.array([getattr(row, by)[way] / getattr(row, duration) for row in rows if way in getattr(row, by)])
@@ -126,8 +126,9 @@ def _halved(rows: Rows) -> Rows:
 
 def apart_lines(rows: Rows, refused: Counter[str]) -> list[str]:
     lines = ["## What is reported apart, and what is not evaluated", "", APART, ""]
-    names = {"not admitted": "not admitted", "suspected speculation": "suspected speculation"}
-    groups = [(name, [row for row in rows if row.apart == label]) for label, name in names.items()]
+    groups: list[tuple[str, Rows]] = [
+        (label, [row for row in rows if row.apart == label]) for label in ("not admitted", "suspected speculation")
+    ]
     groups.append(("beyond the speed of light", [row for row in rows if row.light]))
     lines += table("TPOT", groups, "tpot", "all")
     lines += ["| rows of the file that are not evaluated | rows |", "|---|---|"]

@@ -79,7 +79,7 @@ def page() -> str:
     texts = {
         name: fields
         for module in (parallel, spec)
-        for name, fields in field_texts(ast.parse(Path(module.__file__).read_text())).items()
+        for name, fields in field_texts(ast.parse(Path(str(module.__file__)).read_text())).items()
     }
     example = (ROOT / "deployments" / "2p1d.yaml").read_text()
     parts = [HEAD.format(example=example), *(section(title, name, texts[name]) for title, name in SECTIONS.items())]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 360, 60, 40, 230, 50
 COLOURS = ("#1b6ca8", "#c0392b", "#2e8b57", "#8e44ad", "#d68910", "#555555")
@@ -14,7 +14,7 @@ Points = Sequence[tuple[float, float]]
 def chart(
     title: str,
     x_label: str,
-    lines: dict[str, Points],
+    lines: Mapping[str, Points],
     x_ticks: dict[float, str],
     *,
     y_ticks: Sequence[float] = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0),

@@ -202,7 +202,8 @@ def mla_projections(table: Table, rows: Vector, curves: dict[str, dict[str, floa
     )
     counting = 2 * weights * (rows + half) / (table.peaks(formats) * compute)
     reading = weights * width / (table.of_chip("memory.hbm.bandwidth") * memory)
-    return np.maximum(counting, reading)
+    slower: Vector = np.maximum(counting, reading)
+    return slower
 
 
 def mla_decode(curves: dict[str, dict[str, float]], chips: tuple[str, ...] = CHIPS):  # type: ignore[no-untyped-def]

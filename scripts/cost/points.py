@@ -15,7 +15,7 @@ from kernels import TABLES, load_chip_once
 from transload.hardware.catalog import load_model
 from transload.hardware.model_card import ModelCard
 from transload.hardware.parallel import Parallel
-from transload.hardware.precision import Precision
+from transload.hardware.precision import DType, Precision
 
 CARDS = {
     "DeepSeek-R1": "deepseek-v3",
@@ -161,7 +161,7 @@ def precision_of(row: dict[str, str], card: ModelCard, campaign: str) -> Precisi
         return Precision(attention="bfloat16", experts="mxfp4", kv="fp8" if small else "bfloat16")
     match row["precision"]:
         case "fp8":
-            kv = "fp8" if small or (campaign == "inferencex" and card.experts is None) else "bfloat16"
+            kv: DType = "fp8" if small or (campaign == "inferencex" and card.experts is None) else "bfloat16"
             if row["model_path"].startswith("nvidia/"):  # these checkpoints come with scales for an fp8 cache
                 kv = "fp8"
             return Precision(attention="fp8", dense_ffn="fp8", experts="fp8", kv=kv)
@@ -170,7 +170,7 @@ def precision_of(row: dict[str, str], card: ModelCard, campaign: str) -> Precisi
         case "fp4":
             return Precision(attention="nvfp4", dense_ffn="nvfp4", kv="fp8")
         case _:
-            weights = "fp8" if "FP8" in row["model_path"] else "bfloat16"
+            weights: DType = "fp8" if "FP8" in row["model_path"] else "bfloat16"
             return Precision(attention=weights, dense_ffn=weights, experts=weights, kv="bfloat16")
 
 

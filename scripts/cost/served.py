@@ -119,8 +119,8 @@ def bare(point: Point, cost: WorkerCost, decoding: float) -> tuple[float, float]
     step = decode_seconds(cost, load_of(point), decoding)
     if point.prefill_parallel is not None:
         prefill = worker_of(point, cost.efficiency, prefill=True)
-        most, prompt = most_prompts(point, prefill), (0, point.prompt_tokens)
-        alone, full = (prefill.step_seconds(StepShape((prompt,) * count)) for count in (1, most))
+        most, whole = most_prompts(point, prefill), (0, point.prompt_tokens)
+        alone, full = (prefill.step_seconds(StepShape((whole,) * count)) for count in (1, most))
         return step, alone + full / most
     together = ranks_filled(cost, point.concurrency / point.decode_workers)
     prompt = prompt_seconds(cost, load_of(point), POLICIES[point.backend], round(decoding), together)
