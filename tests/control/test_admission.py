@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import heapq
+from itertools import count
 from random import Random
 
 import pytest
 
-from transload.control.admission import GRACE_SECONDS, LONGEST_RETRY_SECONDS, Admission
+from transload.control.admission import GRACE_SECONDS, LONGEST_RETRY_SECONDS, PROMISED_SHARE, Admission
 
 FULL = 256
 
@@ -29,7 +31,9 @@ def refused(admission: Admission, now: float, caller: int = 0) -> float:
 def test_each_refused_caller_is_given_the_next_place() -> None:
     admission = Admission()
     now = busy(admission, 2.0)
-    assert [refused(admission, now) for _ in range(4)] == pytest.approx([2.0, 4.0, 6.0, 8.0], rel=0.01)
+    assert [refused(admission, now) for _ in range(4)] == pytest.approx(
+        [2.0 / PROMISED_SHARE * place for place in (1, 2, 3, 4)], rel=0.01
+    )
 
 
 def test_places_that_have_passed_are_not_promised_again() -> None:
@@ -37,8 +41,8 @@ def test_places_that_have_passed_are_not_promised_again() -> None:
     now = busy(admission, 2.0)
     for _ in range(3):
         refused(admission, now)
-    assert refused(admission, now + 4) == pytest.approx(4.0, rel=0.01)
-    assert refused(admission, now + 100) == pytest.approx(2.0, rel=0.01)
+    assert refused(admission, now + 4) == pytest.approx(8.0 / PROMISED_SHARE - 4.0, rel=0.01)
+    assert refused(admission, now + 100) == pytest.approx(2.0 / PROMISED_SHARE, rel=0.01)
 
 
 def test_nobody_is_told_to_come_back_sooner_than_in_a_second() -> None:
@@ -130,6 +134,72 @@ def test_at_five_times_what_can_be_served_those_who_come_back_when_told_are_serv
     assert kept > 40
     assert broken < 0.1 * kept
     assert idle < 12  # of 240: kept places do not keep it from working
+
+
+class Shop:
+    """One after the other is served, at a pace that changes; new callers come at `rate`, and a share of those who are
+    refused when they were told to. Estimates of the first token are right as of when they are made."""
+
+    TARGET, SECONDS = 2.0, 180.0
+
+    def __init__(self, rate: float, share_back: float, paces: list[float]) -> None:
+        self.random, self.share_back, self.paces = Random(1), share_back, paces
+        self.admission = Admission(256, self.TARGET)
+        self.events: list[tuple[float, int, str, int]] = []
+        self.numbers = count(1)
+        self.waiting: list[tuple[float, float]] = []
+        self.ttft: list[float] = []
+        self.kept = self.put_off = 0
+        at = 0.0
+        while at < self.SECONDS:
+            self.push(at, "new", next(self.numbers))
+            at += self.random.expovariate(rate)
+
+    def push(self, at: float, what: str, caller: int) -> None:
+        heapq.heappush(self.events, (at, next(self.numbers), what, caller))
+
+    def pace(self, now: float) -> float:
+        """Seconds a request takes."""
+        return self.paces[int(now // 20.0) % len(self.paces)]
+
+    def run(self) -> None:
+        while self.events:
+            now, _, what, caller = heapq.heappop(self.events)
+            if what == "served":
+                since, foretold = self.waiting.pop(0)
+                self.admission.served(since, now, foretold or None)
+                self.ttft.append(now - since)
+            else:
+                self.ask(now, what, caller)
+                if len(self.waiting) != 1 or any(event[2] == "served" for event in self.events):
+                    continue
+            if self.waiting:
+                self.push(now + self.pace(now) * self.random.uniform(0.7, 1.3), "served", 0)
+
+    def ask(self, now: float, what: str, caller: int) -> None:
+        foretold = (len(self.waiting) + 1) * self.pace(now) if self.waiting else 0.0
+        seconds = self.admission.ask(caller, 0, foretold, now)
+        if seconds is None:
+            self.waiting.append((now, foretold))
+            self.kept += what == "back"
+        elif what == "back":
+            self.put_off += 1
+        elif self.random.random() < self.share_back and now + seconds < self.SECONDS:
+            self.push(now + -(-seconds // 1), "back", caller)
+
+
+@pytest.mark.parametrize("share_back", [0.0, 0.4, 0.9])
+@pytest.mark.parametrize("paces", [[0.3], [0.18, 0.3, 0.4, 0.24, 0.36, 0.22]], ids=["steady", "changing"])
+@pytest.mark.parametrize("rate", [5.0, 15.0])
+def test_with_a_target_who_is_let_in_meets_it_and_who_comes_back_is_let_in(
+    rate: float, paces: list[float], share_back: float
+) -> None:
+    shop = Shop(rate, share_back, paces)
+    shop.run()
+    assert sum(seconds <= shop.TARGET for seconds in shop.ttft) > 0.95 * len(shop.ttft)
+    assert shop.put_off <= (0.05 if len(paces) == 1 else 0.25) * shop.kept
+    could = sum(20.0 / paces[part % len(paces)] for part in range(9))
+    assert len(shop.ttft) > 0.9 * could  # keeping places does not leave it idle
 
 
 def test_with_a_target_only_who_should_meet_it_is_let_in() -> None:

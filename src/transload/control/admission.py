@@ -2,12 +2,16 @@
 
 A refused caller is told a time and gets a place for then, kept under who it is and what it asks: others are let in only
 as far as the places that are about to be taken leave room, so that who comes back in time finds one. Not everybody
-does; places are given out as densely as the share that has come so far allows. Learns how fast requests are served, how
+does; places are given out as densely as the share that has come so far allows, and a part of what can be served is not
+promised to anybody: a queue that gets as much as it can serve never becomes shorter again. Where service has become
+slower than it was when places were promised, and a target would be missed by far, who comes back is put off once more,
+for as long as it takes, and places are given out less densely from then on. Learns how fast requests are served, how
 long outputs are, and how far its estimates of a first token are off. Knows no workers and no clock.
 """
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections import deque
 
 GRACE_SECONDS = 3.0
@@ -18,6 +22,8 @@ ONE_CALL_SECONDS = 0.1
 """The choices of one call ask one after the other; they have one place together."""
 LONGEST_RETRY_SECONDS = 300.0
 """Nobody is told to stay away longer, nor has a place after that."""
+PROMISED_SHARE = 0.85
+"""Of what can be served, at most so much is promised to those who come back."""
 MOST_PLACES_EACH = 16
 """Of one caller with one question: more are not kept."""
 
@@ -40,6 +46,7 @@ class Admission:
         self._margin = 0.0
         self._share_back = 1.0  # of places, those whose callers have come
         self._promised_until = 0.0
+        self._density = 1.0  # of places, less where those who came in time had to be put off
         self._came_back = (0, 0.0)  # who has taken a place last, and when
         self._places: dict[int, deque[tuple[float, float]]] = {}  # caller -> times, and from when on they count
         self._in_order: deque[tuple[float, int]] = deque()  # all of them, and some that have been taken since
@@ -83,7 +90,15 @@ class Admission:
         `first_token_seconds`: until this one would have its first token, as far as is known.
         """
         self._give_up_places(now)
-        if self._comes_back(caller, now) and num_waiting < 2 * self.max_waiting:
+        has_seat = num_waiting < 2 * self.max_waiting
+        if has_seat and caller and caller == self._came_back[0] and now - self._came_back[1] < ONE_CALL_SECONDS:
+            return None
+        if self._comes_back(caller, now) and has_seat:
+            late = 0.0 if self.ttft_seconds is None else first_token_seconds + self._margin - self.ttft_seconds
+            if late > 0.0:
+                return self._put_off(caller, late, now)
+            self._density = min(1.0, self._density + 0.01)
+            self._came_back = (caller, now)
             return None
         expected = self._share_back * self._due_before(now + first_token_seconds)
         if self._has_room(num_waiting + expected, first_token_seconds + expected * self._seconds_between):
@@ -98,7 +113,7 @@ class Admission:
         return first_token_seconds + self._margin <= self.ttft_seconds
 
     def _promise(self, caller: int, first_token_seconds: float, now: float) -> float:
-        spacing = self._seconds_between * max(0.1, self._share_back)
+        spacing = self._seconds_between * max(0.1, self._share_back) / (PROMISED_SHARE * self._density)
         until_room = 0.0
         if self.ttft_seconds is not None:
             until_room = max(0.0, first_token_seconds + self._margin - self.ttft_seconds)
@@ -108,23 +123,32 @@ class Admission:
             return LONGEST_RETRY_SECONDS
         self._promised_until = promised
         if caller:
-            times = self._places.setdefault(caller, deque())
-            if len(times) < MOST_PLACES_EACH:
-                times.append((promised, promised - min(EARLY_SECONDS, (promised - now) / 4)))
-                self._in_order.append((promised, caller))
+            self._keep(caller, promised, now)
+        return promised - now
+
+    def _put_off(self, caller: int, seconds: float, now: float) -> float:
+        """A place at the end of what waits now, whatever else was promised for then."""
+        self._density = max(0.2, 0.95 * self._density)
+        promised = now + max(1.0, seconds)
+        self._keep(caller, promised, now)
         return promised - now
 
     # -- places -------------------------------------------------------------------------------------------------------
 
+    def _keep(self, caller: int, promised: float, now: float) -> None:
+        times = self._places.setdefault(caller, deque())
+        if len(times) >= MOST_PLACES_EACH:
+            return
+        place = (promised, promised - min(EARLY_SECONDS, (promised - now) / 4))
+        times.insert(bisect(times, place), place)
+        self._in_order.insert(bisect(self._in_order, (promised, caller)), (promised, caller))
+
     def _comes_back(self, caller: int, now: float) -> bool:
-        if caller and caller == self._came_back[0] and now - self._came_back[1] < ONE_CALL_SECONDS:
-            return True
         times = self._places.get(caller)
         if not times or times[0][1] > now:
             return False
         self._drop_first(caller)
         self._share_back = self.KEEP * self._share_back + (1 - self.KEEP)
-        self._came_back = (caller, now)
         return True
 
     def _give_up_places(self, now: float) -> None:
