@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 from random import Random
+from typing import ClassVar
 
 import msgspec
 
@@ -36,9 +37,17 @@ class Proxy:
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
+    def close(self) -> None:
+        """Take no callers any more. What has been connected stays so."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
     def _accept(self) -> None:
         while True:
-            caller, _ = self._listener.accept()
+            try:
+                caller, _ = self._listener.accept()
+            except OSError:  # closed
+                return
             try:
                 called = socket.create_connection(self._target)
             except OSError:
@@ -66,10 +75,15 @@ class Proxy:
 class ThroughProxies(RealRuntime):
     """Tells workers of the proxy's port instead of a decode worker's own."""
 
+    _proxies: ClassVar[dict[str, Proxy]] = {}
+
     def _joined(self, remote: RemoteWorker, ready: Ready) -> None:
         if remote.plan.role == "decode":
             address = ready.address
             proxy = Proxy(address.host, address.port, Random(f"{SEED}/{remote.name}/{remote.incarnation}"))
+            if (old := self._proxies.pop(remote.name, None)) is not None:
+                old.close()
+            self._proxies[remote.name] = proxy
             address = msgspec.structs.replace(address, port=proxy.port, unix_name="")
             remote.ready = ready = msgspec.structs.replace(ready, address=address)
         super()._joined(remote, ready)
