@@ -1,10 +1,14 @@
-"""What the HTTP front end costs: CPU microseconds a request and a streamed token, with a backend that only counts.
+"""What the HTTP front end costs and adds, with a backend that only counts.
 
     python benchmarks/front_end.py [--streams 64] [--tokens 200] [--repeats 5] > front_end.json
 
-The server runs in a process of its own; its CPU time comes from /proc/PID/schedstat, so the load generator beside it
-does not count. Prompts are token ids: tokenizing is not measured. `bare` is an application of twenty lines on uvicorn
-with the same parser, which sends as many chunks of the same size and does nothing else, measured in turns with ours.
+CPU microseconds a request and a streamed token: the server runs in a process of its own, and its CPU time comes from
+/proc/PID/schedstat, so the load generator beside it does not count; nor does waking it, for it never sleeps. What
+callers see: requests a second, the time of a request whose token is there at once, and how long after it was made a
+token of one of many streams has arrived; all streams get theirs at the same moment, as a step gives them, so the last
+waits for the others. Prompts are token ids: tokenizing is not measured. `bare` is an application of twenty lines on
+uvicorn with the same parser, which sends as many chunks of the same size and does nothing else, measured in turns with
+ours.
 """
 
 from __future__ import annotations
@@ -15,17 +19,17 @@ import contextlib
 import itertools
 import json
 import multiprocessing
-import os
-import platform
 import statistics
-import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import version
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import uvicorn
+from front_end_load import call, calls, calls_alone, listen
+from surroundings import surroundings
 
 from transload.arch import ModelArch
 from transload.control.messages import Request, RequestId, Token
@@ -124,7 +128,8 @@ class CountingBackend:
     def __init__(self, step_seconds: float) -> None:
         self._ids = itertools.count(1)
         self._step_seconds = step_seconds
-        self._streams: set[CountingStream] = set()
+        self._streams: dict[CountingStream, None] = {}
+        self.ticks = Ticks()
         arch = ModelArch(
             name="words",
             family="llama",
@@ -144,9 +149,10 @@ class CountingBackend:
     async def tick(self) -> None:
         while True:
             await asyncio.sleep(self._step_seconds)
+            self.ticks.note()
             for stream in list(self._streams):
                 if stream.over:
-                    self._streams.discard(stream)
+                    self._streams.pop(stream)
                     continue
                 self._step(stream)
 
@@ -168,17 +174,41 @@ class CountingBackend:
         if request.max_tokens == 1:  # the request benchmark: no waiting for a tick
             self._step(stream)
         else:
-            self._streams.add(stream)
+            self._streams[stream] = None
+            self.ticks.begin(request.prompt[0])
         return stream
 
     def is_ready(self) -> bool:
         return True
+
+    async def change_split(self, topology: str) -> dict[str, object]:
+        raise NotImplementedError(topology)
 
     def waterfall(self, _request: RequestId) -> Waterfall | None:
         return None
 
     def status(self) -> dict[str, object]:
         return {}
+
+
+class Ticks:
+    """When tokens were made: every stream has one at each tick from its first on. Streams go by their first token."""
+
+    def __init__(self) -> None:
+        self._at: list[float] = []
+        self._first: dict[int, int] = {}
+
+    def note(self) -> None:
+        self._at.append(time.monotonic())
+
+    def begin(self, stream: int) -> None:
+        self._first[stream] = len(self._at)
+
+    def tell(self, asked: Connection) -> None:
+        """What was noted since the last time."""
+        asked.recv()
+        asked.send((self._at, self._first))
+        self._at, self._first = [], {}
 
 
 class BareApp:
@@ -190,10 +220,12 @@ class BareApp:
     def __init__(self, step_seconds: float) -> None:
         self._step_seconds = step_seconds
         self._waiting: list[asyncio.Future[None]] = []
+        self.ticks = Ticks()
 
     async def tick(self) -> None:
         while True:
             await asyncio.sleep(self._step_seconds)
+            self.ticks.note()
             waiting, self._waiting = self._waiting, []
             for future in waiting:
                 if not future.done():
@@ -212,6 +244,8 @@ class BareApp:
         if not asked["stream"]:
             headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(self.WHOLE))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
+        if asked["stream"] and asked["max_tokens"] > 1:
+            self.ticks.begin(asked["prompt"][0])
         for _ in range(asked["max_tokens"] if asked["stream"] else 0):
             if asked["max_tokens"] > 1:
                 future = asyncio.get_running_loop().create_future()
@@ -230,6 +264,7 @@ def run_bare(ready: Connection, step_seconds: float) -> None:
         serving = asyncio.create_task(server.serve())
         while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
             await asyncio.sleep(0.01)
+        asyncio.get_running_loop().add_reader(ready.fileno(), app.ticks.tell, ready)
         ready.send(server.servers[0].sockets[0].getsockname()[1])
         await serving
         ticker.cancel()
@@ -241,6 +276,7 @@ def run_server(ready: Connection, step_seconds: float) -> None:
     async def main() -> None:
         backend = CountingBackend(step_seconds)
         ticker = asyncio.create_task(backend.tick())
+        asyncio.get_running_loop().add_reader(ready.fileno(), backend.ticks.tell, ready)
         server = Server(port=0)
         app = create_app(backend, WordTokenizer(), server, seed=0)
         await serve_http(app, server, started=lambda _host, port: ready.send(port))
@@ -254,58 +290,68 @@ def cpu_seconds(pid: int) -> float:
         return int(file.read().split()[0]) / 1e9
 
 
-async def call(port: int, body: dict[str, object], path: str, end: bytes, times: int) -> None:
-    """Make calls one after another on one connection."""
-    raw = json.dumps(body).encode()
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAccept: application/json\r\nAccept-Encoding: gzip\r\n"
-        f"User-Agent: front_end.py\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
-    )
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    for _ in range(times):
-        writer.write(head.encode() + raw)
-        got = await reader.readuntil(end)
-        assert got.startswith(b"HTTP/1.1 200"), got[:300]
-    writer.close()
-    await writer.wait_closed()
+class Running(NamedTuple):
+    """A server's process."""
+
+    port: int
+    pid: int
+    pipe: Connection
+
+    def cost(self, times: int, connections: int, body: dict[str, object], path: str) -> float:
+        """CPU microseconds of the server for one call."""
+        asyncio.run(call(self.port, body, path, 1))
+        before = cpu_seconds(self.pid)
+        asyncio.run(calls(self.port, body, path, times, connections))
+        return (cpu_seconds(self.pid) - before) / times / connections * 1e6
+
+    def lateness(self, bodies: Sequence[dict[str, Any]], path: str) -> list[float]:
+        """Milliseconds from when each token of each stream was made to when it was with its caller."""
+        self._ticks()
+        arrivals = asyncio.run(listen(self.port, bodies, path))
+        at, first = self._ticks()
+        found = []
+        for body, seen in zip(bodies, arrivals, strict=True):
+            begin = first[body["prompt"][0]]
+            tokens = seen[: body["max_tokens"]]
+            assert len(tokens) == body["max_tokens"], f"{len(tokens)} events for {body['max_tokens']} tokens"
+            found += [(arrived - made) * 1e3 for arrived, made in zip(tokens, at[begin:], strict=False)]
+        return found
+
+    def _ticks(self) -> tuple[list[float], dict[int, int]]:
+        self.pipe.send(None)
+        ticks: tuple[list[float], dict[int, int]] = self.pipe.recv()
+        return ticks
 
 
-async def measure(pid: int, calls: int, connections: int, port: int, body: dict[str, object], path: str) -> float:
-    """CPU microseconds of the server for one call."""
-    end = b"0\r\n\r\n" if body.get("stream") else b"}}}"
-    await call(port, body, path, end, 1)
-    before = cpu_seconds(pid)
-    await asyncio.gather(*(call(port, body, path, end, calls) for _ in range(connections)))
-    return (cpu_seconds(pid) - before) / calls / connections * 1e6
-
-
-def spread(values: list[float]) -> dict[str, object]:
+def spread(values: list[float], digits: int = 1) -> dict[str, object]:
     return {
-        "median": round(statistics.median(values), 1),
-        "min": round(min(values), 1),
-        "max": round(max(values), 1),
+        "median": round(statistics.median(values), digits),
+        "min": round(min(values), digits),
+        "max": round(max(values), digits),
         "n": len(values),
     }
 
 
 @contextlib.contextmanager
-def server(run: Callable[[Connection, float], None], step_seconds: float) -> Iterator[tuple[int, int]]:
-    """Its (port, process id)."""
+def server(run: Callable[[Connection, float], None], step_seconds: float) -> Iterator[Running]:
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=run, args=(theirs, step_seconds))
     process.start()
     try:
         port, pid = ours.recv(), process.pid
         assert pid is not None
-        yield port, pid
+        yield Running(port, pid, ours)
     finally:
         process.terminate()
         process.join(10)
 
 
-def run_all(arguments: argparse.Namespace) -> dict[str, object]:
-    chat: dict[str, object] = {"messages": [{"role": "user", "content": "hello"}]}
-    completion: dict[str, object] = {"model": "default", "prompt": list(range(64))}
+COMPLETION: dict[str, object] = {"model": "default", "prompt": list(range(64))}
+CHAT: dict[str, object] = {"messages": [{"role": "user", "content": "hello"}]}
+
+
+def costs(arguments: argparse.Namespace) -> dict[str, object]:
+    """CPU microseconds of the server."""
     figures: dict[str, list[float]] = {}
 
     def add(name: str, value: float) -> None:
@@ -314,19 +360,45 @@ def run_all(arguments: argparse.Namespace) -> dict[str, object]:
     for step_seconds in (0.01, 0.001):
         with server(run_server, step_seconds) as ours, server(run_bare, step_seconds) as bare:
             asked = (
-                ("completion", completion, "/v1/completions", ours),
-                ("chat", chat, "/v1/chat/completions", ours),
-                ("bare", completion, "/", bare),
+                ("completion", COMPLETION, "/v1/completions", ours),
+                ("chat", CHAT, "/v1/chat/completions", ours),
+                ("bare", COMPLETION, "/", bare),
             )
-            for _, (name, body, path, (port, pid)) in itertools.product(range(arguments.repeats), asked):
+            for _, (name, body, path, running) in itertools.product(range(arguments.repeats), asked):
                 if step_seconds == 0.01:
                     for kind in ("whole", "stream"):
                         wanted = {**body, "max_tokens": 1, "stream": kind == "stream"}
-                        add(f"request/{name}/{kind}", asyncio.run(measure(pid, 100, 16, port, wanted, path)))
+                        add(f"request/{name}/{kind}", running.cost(100, 16, wanted, path))
                 wanted = {**body, "max_tokens": arguments.tokens, "stream": True}
-                cost = asyncio.run(measure(pid, 1, arguments.streams, port, wanted, path))
+                cost = running.cost(1, arguments.streams, wanted, path)
                 add(f"token/{name}/step {step_seconds * 1000:g} ms", cost / arguments.tokens)
     return {name: spread(values) for name, values in figures.items()}
+
+
+def seen(arguments: argparse.Namespace) -> dict[str, object]:
+    """What callers see: requests a second, and milliseconds."""
+    found: dict[str, dict[str, list[float]]] = {}
+    with server(run_server, 0.01) as ours, server(run_bare, 0.01) as bare:
+        asked = (("completion", "/v1/completions", ours), ("bare", "/", bare))
+        for _, (name, path, running) in itertools.product(range(arguments.repeats), asked):
+            figures = found.setdefault(name, {})
+            one = {**COMPLETION, "max_tokens": 1, "stream": False}
+            for callers in (1, 16, 64):
+                asyncio.run(call(running.port, one, path, 1))
+                seconds = asyncio.run(calls(running.port, one, path, 1600 // callers, callers))
+                figures.setdefault(f"requests/s, {callers} callers", []).append(1600 // callers * callers / seconds)
+            alone = asyncio.run(calls_alone(running.port, {**one, "stream": True}, path, 300))
+            for streams in (1, arguments.streams):
+                bodies = [
+                    {**COMPLETION, "prompt": [number], "max_tokens": arguments.tokens, "stream": True}
+                    for number in range(streams)
+                ]
+                late = running.lateness(bodies, path)
+                for share in (50, 99):
+                    figures.setdefault(f"token of {streams}, ms p{share}", []).append(float(np.percentile(late, share)))
+            for share in (50, 99):
+                figures.setdefault(f"first token, ms p{share}", []).append(float(np.percentile(alone, share)) * 1e3)
+    return {f"{what}/{name}": spread(values, 3) for name, all in found.items() for what, values in all.items()}
 
 
 def main() -> None:
@@ -335,30 +407,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     result = {
-        "what": "CPU microseconds of the server process",
+        "what": "CPU microseconds of the server process, and what callers see",
         "command": "python " + " ".join(sys.argv),
-        "commit": commit.stdout.strip(),
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.platform()},
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("uvicorn", "starlette", "httptools", "msgspec")},
-        },
+        **surroundings(("starlette",)),
         "streams": arguments.streams,
         "tokens_per_stream": arguments.tokens,
-        "microseconds": run_all(arguments),
+        "microseconds": costs(arguments),
+        "seen": seen(arguments),
     }
     json.dump(result, sys.stdout, indent=2)
     print()
-
-
-def cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 if __name__ == "__main__":

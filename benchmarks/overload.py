@@ -114,12 +114,14 @@ async def capacity(load: Load, seconds: float) -> float:
         return elapsed < seconds or (len(ended) < CAPACITY_STREAMS and elapsed < CAPACITY_DEADLINE_SECONDS)
 
     async def loop() -> None:
+        body = load.body()
         while goes_on():
-            outcome = await load.call(load.body())
+            outcome = await load.call(body)
             if outcome.status == 200 and not outcome.error:
                 ended.append(time.perf_counter())
+                body = load.body()
             else:
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(outcome.retry_after or 1.0)
 
     await asyncio.gather(*(loop() for _ in range(CAPACITY_STREAMS)))
     if not ended:

@@ -37,6 +37,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "front_end.json": serving.front_end,
     "gpu-llama-1b-h100.json": engine.gpu,
     "gpu-llama-8b-h100.json": engine.gpu,
+    "gpu-serving-h100.json": engine.gpu_serving,
     "simulation.json": simulated.simulation,
     "torture.json": faults.torture,
     "torture_afd.json": faults.torture,

@@ -66,6 +66,7 @@ def soak(result: dict[str, Any]) -> str:
         ],
         ["segments of shared memory, before and after", f"{segments['first']}, {segments['last']}"],
         *_memory(result),
+        ["the same, at the begin and the end of the last third, MB", _last_third(result["samples"])],
         ["file descriptors, first and last third", _from_to(result["fds"], 1.0, "")],
     ]
     return text + table(["", ""], rows) + origin(result)
@@ -74,6 +75,12 @@ def soak(result: dict[str, Any]) -> str:
 def _memory(result: dict[str, Any]) -> list[list[object]]:
     """Resident memory, which counts what processes share in each of them."""
     return [["resident memory, mean of the first and of the last third, MB", _from_to(result["memory"], 1e6, ",.0f")]]
+
+
+def _last_third(samples: list[dict[str, Any]]) -> str:
+    """Of processes that lived through it."""
+    begin, end = (samples[place]["memory_bytes"] for place in (-len(samples) // 3, -1))
+    return "; ".join(f"{name} {begin[name] / 1e6:.1f} to {end[name] / 1e6:.1f}" for name in begin if name in end)
 
 
 def _from_to(processes: dict[str, dict[str, float]], unit: float, form: str) -> str:

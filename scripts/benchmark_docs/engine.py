@@ -54,3 +54,22 @@ def gpu(result: dict[str, Any]) -> str:
     )
     columns = ["step", "tokens of context", "tokens/s", "ms a step", "of the limit", "times transformers"]
     return text + table(columns, rows) + origin(result)
+
+
+def gpu_serving(result: dict[str, Any]) -> str:
+    rows: list[list[object]] = []
+    for row in result["rows"]:
+        times = f"{row['times_step']:.2f}" if "times_step" in row else ""
+        figures = [row[key] for key in ("ttft_ms", "tpot_ms", "itl_p99_ms", "tokens_per_second")]
+        rows.append([row["topology"], row["callers"], *figures, row.get("step_ms", ""), times])
+    failed = sum(row["failed"] for row in result["rows"])
+    text = (
+        f"\n## Serving on one GPU: {result['device']}, {result['shape']} shape\n\nAlways so many callers at once, "
+        f"{result['input_tokens']} tokens in and {result['output_tokens']} out, random weights in bfloat16; the load "
+        "generator on the same machine. 1p1d shares the device between a prefill and a decode worker, which shows that "
+        "every byte crosses and what a prompt does to streams, not what two devices would give. The step is the "
+        "engine's own decode of that batch at the median context, in the same run: what is above 1 is prefills beside "
+        f"decodes, messages and the front end. {failed} requests failed.\n\n"
+    )
+    columns = ["", "callers", "TTFT p50 ms", "TPOT p50 ms", "gap p99 ms", "tokens/s", "step ms", "TPOT of step"]
+    return text + table(columns, rows) + origin(result)

@@ -24,6 +24,8 @@ LONGEST_RETRY_SECONDS = 300.0
 """Nobody is told to stay away longer, nor has a place after that."""
 PROMISED_SHARE = 0.85
 """Of what can be served, at most so much is promised to those who come back."""
+LEAST_SHARE_BACK = 0.25
+"""That so few come back is believed; fewer may be others than those who are refused now."""
 MOST_PLACES_EACH = 16
 """Of one caller with one question: more are not kept."""
 
@@ -94,7 +96,7 @@ class Admission:
         if has_seat and caller and caller == self._came_back[0] and now - self._came_back[1] < ONE_CALL_SECONDS:
             return None
         if self._comes_back(caller, now) and has_seat:
-            late = 0.0 if self.ttft_seconds is None else first_token_seconds + self._margin - self.ttft_seconds
+            late = 0.0 if self.ttft_seconds is None else first_token_seconds - self.ttft_seconds
             if late > 0.0:
                 return self._put_off(caller, late, now)
             self._density = min(1.0, self._density + 0.01)
@@ -113,7 +115,8 @@ class Admission:
         return first_token_seconds + self._margin <= self.ttft_seconds
 
     def _promise(self, caller: int, first_token_seconds: float, now: float) -> float:
-        spacing = self._seconds_between * max(0.1, self._share_back) / (PROMISED_SHARE * self._density)
+        share_back = max(LEAST_SHARE_BACK, self._share_back)
+        spacing = self._seconds_between * share_back / (PROMISED_SHARE * self._density)
         until_room = 0.0
         if self.ttft_seconds is not None:
             until_room = max(0.0, first_token_seconds + self._margin - self.ttft_seconds)
