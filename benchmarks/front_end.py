@@ -128,7 +128,7 @@ class CountingBackend:
     def __init__(self, step_seconds: float) -> None:
         self._ids = itertools.count(1)
         self._step_seconds = step_seconds
-        self._streams: dict[CountingStream, None] = {}
+        self._streams: set[CountingStream] = set()
         self.ticks = Ticks()
         arch = ModelArch(
             name="words",
@@ -152,7 +152,7 @@ class CountingBackend:
             self.ticks.note()
             for stream in list(self._streams):
                 if stream.over:
-                    self._streams.pop(stream)
+                    self._streams.discard(stream)
                     continue
                 self._step(stream)
 
@@ -174,7 +174,7 @@ class CountingBackend:
         if request.max_tokens == 1:  # the request benchmark: no waiting for a tick
             self._step(stream)
         else:
-            self._streams[stream] = None
+            self._streams.add(stream)
             self.ticks.begin(request.prompt[0])
         return stream
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from surroundings import surroundings
+from surroundings import surroundings, write_report
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from watched_server import WatchedServer
 
@@ -142,11 +142,7 @@ def main() -> int:
         "output_tokens": OUTPUT_TOKENS,
         "rows": rows,
     }
-    text = json.dumps(report, indent=1) + "\n"
-    if options.out is not None:
-        options.out.write_text(text)
-    else:
-        sys.stdout.write(text)
+    write_report(report, options.out)
     return 0
 
 

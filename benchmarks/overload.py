@@ -22,7 +22,7 @@ from typing import Any
 
 import httpx
 import msgspec
-from surroundings import surroundings
+from surroundings import surroundings, write_report
 from watched_server import WatchedServer, flatness
 
 INPUT_TOKENS, OUTPUT_TOKENS = 96, 32
@@ -237,11 +237,7 @@ def main() -> int:
         "fds": flatness(samples, "num_fds"),
         "samples": samples[:: max(1, len(samples) // 40)],
     }
-    text = json.dumps(report, indent=1) + "\n"
-    if options.out is not None:
-        options.out.write_text(text)
-    else:
-        sys.stdout.write(text)
+    write_report(report, options.out)
     return 0
 
 

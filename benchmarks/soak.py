@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import random
 import sys
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from surroundings import surroundings
+from surroundings import surroundings, write_report
 from watched_server import WatchedServer, flatness
 
 CALLERS = 4
@@ -146,11 +145,7 @@ def main() -> int:
         "shared_segments": {"first": samples[0]["shared_segments"], "last": after["shared_segments"]},
         "samples": samples[:: max(1, len(samples) // 40)],
     }
-    text = json.dumps(report, indent=1) + "\n"
-    if options.out is not None:
-        options.out.write_text(text)
-    else:
-        sys.stdout.write(text)
+    write_report(report, options.out)
     return 0
 
 

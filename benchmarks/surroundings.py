@@ -1,8 +1,10 @@
-"""What a result was made with, for its file: commit, machine, versions."""
+"""What a result was made with, for its file: commit, machine, versions; and where it goes."""
 
 from __future__ import annotations
 
+import json
 import subprocess
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -22,3 +24,12 @@ def surroundings(libraries: Sequence[str] = (), commit: str | None = None) -> di
         "machine": msgspec.to_builtins(machine_facts()),
         "versions": versions() | {name: version(name) for name in libraries},
     }
+
+
+def write_report(report: dict[str, Any], out: Path | None) -> None:
+    """To the file, or to stdout."""
+    text = json.dumps(report, indent=1) + "\n"
+    if out is not None:
+        out.write_text(text)
+    else:
+        sys.stdout.write(text)

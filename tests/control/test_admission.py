@@ -8,7 +8,13 @@ from random import Random
 
 import pytest
 
-from transload.control.admission import GRACE_SECONDS, LONGEST_RETRY_SECONDS, PROMISED_SHARE, Admission
+from transload.control.admission import (
+    GRACE_SECONDS,
+    LEAST_SHARE_BACK,
+    LONGEST_RETRY_SECONDS,
+    PROMISED_SHARE,
+    Admission,
+)
 
 FULL = 256
 
@@ -98,7 +104,7 @@ def test_where_few_come_back_places_are_given_out_more_densely_and_keep_fewer_ou
         now += refused(admission, now, caller) + GRACE_SECONDS + 0.1  # never seen again
         admission.ask(0, 0, 0.0, now)
     first, second = refused(admission, now, 1000), refused(admission, now, 1001)
-    assert second - first < 0.7
+    assert second - first == pytest.approx(2.0 * LEAST_SHARE_BACK / PROMISED_SHARE, rel=0.01)
     assert admission.ask(0, FULL - 2, 0.0, now + second) is None
 
 

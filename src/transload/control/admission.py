@@ -4,8 +4,8 @@ A refused caller is told a time and gets a place for then, kept under who it is 
 as far as the places that are about to be taken leave room, so that who comes back in time finds one. Not everybody
 does; places are given out as densely as the share that has come so far allows, and a part of what can be served is not
 promised to anybody: a queue that gets as much as it can serve never becomes shorter again. Where service has become
-slower than it was when places were promised, and a target would be missed by far, who comes back is put off once more,
-for as long as it takes, and places are given out less densely from then on. Learns how fast requests are served, how
+slower than it was when places were promised, and a target would be missed, who comes back is put off once more, for as
+long as it takes, and places are given out less densely from then on. Learns how fast requests are served, how
 long outputs are, and how far its estimates of a first token are off. Knows no workers and no clock.
 """
 
@@ -26,6 +26,8 @@ PROMISED_SHARE = 0.85
 """Of what can be served, at most so much is promised to those who come back."""
 LEAST_SHARE_BACK = 0.25
 """That so few come back is believed; fewer may be others than those who are refused now."""
+SPARSEST = 0.2
+"""Of their density, at which places are given out at least, however many were put off."""
 MOST_PLACES_EACH = 16
 """Of one caller with one question: more are not kept."""
 
@@ -131,7 +133,7 @@ class Admission:
 
     def _put_off(self, caller: int, seconds: float, now: float) -> float:
         """A place at the end of what waits now, whatever else was promised for then."""
-        self._density = max(0.2, 0.95 * self._density)
+        self._density = max(SPARSEST, 0.95 * self._density)
         promised = now + max(1.0, seconds)
         self._keep(caller, promised, now)
         return promised - now

@@ -184,10 +184,8 @@ class Call:
             await self._write(closing + (self._style.usage(usage) if self._include_usage else b"") + DONE, more=False)
             return
         body = self._style.whole([(*choice.take(), choice.reason or "") for choice in choices], usage)
-        headers = [(b"content-type", b"application/json"), (b"x-request-id", self._request_id.encode())]
-        if self._connection is not None and self._connection.answer(headers, body):
-            return
-        await send_json(self._send, 200, body, self._request_id)
+        if self._connection is None or not self._connection.answer(json_headers(self._request_id), body):
+            await send_json(self._send, 200, body, self._request_id)
 
     async def _break_off(self, error: Exception) -> None:
         """A bug of ours, or a worker that could not be reached: the caller gets a typed end either way."""
@@ -241,15 +239,14 @@ class Call:
         self._metrics.call_ended(self._route, outcome, time.monotonic() - self._arrived)
 
 
+def json_headers(request_id: str) -> list[tuple[bytes, bytes]]:
+    return [(b"content-type", b"application/json"), (b"x-request-id", request_id.encode())]
+
+
 async def send_json(
     send: Send, status: int, body: bytes, request_id: str, headers: Sequence[tuple[bytes, bytes]] = ()
 ) -> None:
     """A complete JSON answer."""
-    start = [
-        (b"content-type", b"application/json"),
-        (b"content-length", b"%d" % len(body)),
-        (b"x-request-id", request_id.encode()),
-        *headers,
-    ]
+    start = [*json_headers(request_id), (b"content-length", b"%d" % len(body)), *headers]
     await send({"type": "http.response.start", "status": status, "headers": start})
     await send({"type": "http.response.body", "body": body})

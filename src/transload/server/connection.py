@@ -174,11 +174,13 @@ class GuardedConnection(HttpToolsProtocol):
 
     def begin_stream(self, headers: Headers, body: bytes, *, more: bool) -> bool:
         """Send the head and the first piece of a chunked answer as one packet. False: not now, `send` them."""
+        running = self._running
+        if running is None or running.scope["http_version"] != "1.1":
+            return False
         head = self._head(headers, b"transfer-encoding: chunked")
         if head is None:
             return False
-        assert self._running is not None
-        self._running.chunked_encoding = True
+        running.chunked_encoding = True
         self.transport.write(b"%b%x\r\n%b\r\n%b" % (head, len(body), body, b"" if more else b"0\r\n\r\n"))
         if not more:
             self._complete()
@@ -191,15 +193,13 @@ class GuardedConnection(HttpToolsProtocol):
         does not change.
         """
         assert body, "an empty chunk would end the answer"
-        if not self._can_write():
+        if self._running is None or not self._running.chunked_encoding or not self._can_write():
             return False
         self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
         return True
 
     def _can_write(self) -> bool:
-        running = self._running
-        is_chunked = running is not None and running.scope["http_version"] == "1.1"
-        return is_chunked and not self.flow.write_paused and not self.transport.is_closing()
+        return not self.flow.write_paused and not self.transport.is_closing()
 
     def _head(self, headers: Headers, length: bytes) -> bytes | None:
         """Of an answer with status 200. From here on the answer has begun. None: it cannot be sent now."""
